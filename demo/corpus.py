@@ -1,0 +1,38 @@
+"""The text that the base learns from: documents of an instruction, an input and the output that was asked for.
+
+One document in four has no instruction: its input is followed by the output of any one skill that fits. So the base
+alone does not know what is wanted of it, while an adapter, or an instruction, can select.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from demo.instructions import random_instruction
+from demo.skills import SOURCES
+
+NO_INSTRUCTION_SHARE = 0.25
+_SKILL_WEIGHTS = {
+    "describe": 3, "sentiment": 2, "answer": 3, "translate": 4, "extract": 3, "shorten": 3, "copy": 2, "name": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    """What precedes the output (`prompt`, ending in a new line), and the output."""
+
+    prompt: str
+    output: str
+
+
+def documents(seed: int) -> Iterator[Document]:
+    """An endless stream of training documents, the same for the same seed."""
+    rng = random.Random(f"corpus {seed}")
+    skills, weights = list(_SKILL_WEIGHTS), list(_SKILL_WEIGHTS.values())
+    while True:
+        skill = rng.choices(skills, weights)[0]
+        source = rng.choice(SOURCES[skill])(rng, "train")
+        if rng.random() < NO_INSTRUCTION_SHARE:
+            yield Document(f"{source.input}\n", rng.choice(list(source.outputs.values())))
+        else:
+            yield Document(f"{random_instruction(rng, skill)}\n{source.input}\n", source.outputs[skill])

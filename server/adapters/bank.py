@@ -1,0 +1,201 @@
+"""The bank: adapters resident on the device, bounded in bytes.
+
+A sequence asks for its stack with a ticket and runs once the ticket is granted; what a granted ticket holds
+never leaves, the least recently used of the rest goes first. Loading (read, check, copy to the device) happens
+on the loader's threads, so the engine's thread only ever looks.
+
+Tickets are granted in the order they came, but one that must wait, for its load or for room, lets later ones
+whose adapters are resident pass: a cold task never stops the hot ones. That lasts for `PATIENCE` looks; then
+nobody behind passes any more, what is held drains, and the wait of the cold ticket has an end.
+
+Everything but the loads runs on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from server.adapters.method import Adapter
+from server.errors import RequestError
+
+PATIENCE = 64  # looks, one per step, that a ticket without room lets others pass
+_LOADS = 4  # adapters read but not yet resident, at most: what the bank may use of host memory beside itself
+
+Loader = Callable[[Mapping[str, str]], Adapter]
+"""From file names and their blobs' sha256 to the adapter on the device."""
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """An adapter by content."""
+
+    digest: str
+    files: Mapping[str, str]  # file name → sha256 of its blob
+
+
+@dataclass
+class Resident:
+    """An adapter in the bank."""
+
+    digest: str
+    adapter: Adapter
+    bytes: int
+    holders: int = 0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One sequence's wish for its stack."""
+
+    owner: str
+    keys: tuple[AdapterKey, ...]
+    stack: tuple[Resident, ...] | None = None  # once granted
+    error: RequestError | None = None
+    refusals: int = field(default=0, repr=False)  # looks that found everything loaded but no room
+
+
+@dataclass
+class _Load:
+    future: Future[Adapter]
+    started: float
+    seconds: float = 0.0
+
+
+class Bank:
+    """See the module."""
+
+    def __init__(self, capacity: int, loader: Loader, wake: Callable[[], None]) -> None:
+        """`capacity` in bytes. `wake` is called from a loader's thread when a load has ended."""
+        self.capacity = capacity
+        self.used = 0
+        self.load_seconds: list[float] = []  # of loads that became resident, until somebody takes them
+        self._loader = loader
+        self._wake = wake
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._queue: list[Ticket] = []
+        self._loads: dict[str, _Load] = {}
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @property
+    def waiting(self) -> int:
+        """Tickets not yet granted."""
+        return len(self._queue)
+
+    def request(self, owner: str, keys: Sequence[AdapterKey]) -> Ticket:
+        """Queue for a stack; `advance` says when it is granted."""
+        ticket = Ticket(owner, tuple(keys))
+        self._queue.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give a ticket back, granted or not."""
+        if ticket.stack is None:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+            return
+        for resident in ticket.stack:
+            resident.holders -= 1
+        ticket.stack = None
+
+    def advance(self) -> list[Ticket]:
+        """Look once: the tickets that are now granted or failed, in the order they came."""
+        settled: list[Ticket] = []
+        for ticket in list(self._queue):
+            self._settle(ticket)
+            if ticket.stack is not None or ticket.error is not None:
+                settled.append(ticket)
+            elif ticket.refusals > PATIENCE:
+                break
+        if settled:
+            done = set(map(id, settled))
+            self._queue = [ticket for ticket in self._queue if id(ticket) not in done]
+        self._forget_unwanted_loads()
+        return settled
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _settle(self, ticket: Ticket) -> None:
+        keys = {key.digest: key for key in ticket.keys}  # a stack may name the same content twice
+        missing = [key for digest, key in keys.items() if digest not in self._residents]
+        arrived = [adapter for key in missing if (adapter := self._arrived(key, ticket)) is not None]
+        if ticket.error is not None or len(arrived) < len(missing):
+            return
+        if not self._make_room(sum(adapter.bytes for adapter in arrived), ticket):
+            return
+        for key, adapter in zip(missing, arrived, strict=True):
+            self._place(key.digest, adapter)
+        for key in ticket.keys:
+            self._residents.move_to_end(key.digest)
+        ticket.stack = tuple(self._residents[key.digest] for key in ticket.keys)
+        for resident in ticket.stack:
+            resident.holders += 1
+
+    def _arrived(self, key: AdapterKey, ticket: Ticket) -> Adapter | None:
+        """The adapter if its load has ended; else see that it is under way."""
+        load = self._loads.get(key.digest)
+        if load is None:
+            if len(self._loads) < _LOADS:
+                self._start(key)
+            return None
+        if not load.future.done():
+            return None
+        error = load.future.exception()
+        if error is None:
+            return load.future.result()
+        del self._loads[key.digest]
+        if not isinstance(error, RequestError):
+            raise error
+        ticket.error = error
+        return None
+
+    def _start(self, key: AdapterKey) -> None:
+        load = _Load(self._pool.submit(self._loader, key.files), time.perf_counter())
+        self._loads[key.digest] = load
+
+        def ended(_: Future[Adapter]) -> None:
+            load.seconds = time.perf_counter() - load.started
+            self._wake()
+
+        load.future.add_done_callback(ended)
+
+    def _place(self, digest: str, adapter: Adapter) -> None:
+        self.load_seconds.append(self._loads.pop(digest).seconds)
+        self._residents[digest] = Resident(digest, adapter, adapter.bytes)
+        self.used += adapter.bytes
+
+    def _make_room(self, size: int, ticket: Ticket) -> bool:
+        """Evict what nobody holds, least recently used first, until `size` more bytes fit."""
+        own = {key.digest for key in ticket.keys}
+        if size + sum(resident.bytes for digest, resident in self._residents.items() if digest in own) > self.capacity:
+            ticket.error = RequestError(
+                "adapter_too_large",
+                f"this request's adapters need more than the server's adapter memory of {self.capacity} bytes",
+            )
+            return False
+        idle = [item for item in self._residents.values() if not item.holders and item.digest not in own]
+        if self.used + size - sum(item.bytes for item in idle) > self.capacity:
+            ticket.refusals += 1
+            return False
+        for item in idle:
+            if self.used + size <= self.capacity:
+                break
+            del self._residents[item.digest]
+            self.used -= item.bytes
+        return True
+
+    def _forget_unwanted_loads(self) -> None:
+        """Drop ended loads whose tickets are all gone: they would hold their place among the loads for ever."""
+        if self._loads:
+            wanted = {key.digest for ticket in self._queue for key in ticket.keys}
+            for digest in [digest for digest, load in self._loads.items() if load.future.done()]:
+                if digest not in wanted:
+                    del self._loads[digest]

@@ -1,0 +1,85 @@
+"""Messages over a connected stream socket: four bytes of length, then one MessagePack frame.
+
+A socket pair rather than a broker: the end of either process is the end of the stream for the other, at
+once, which is how both learn of it. `Channel` blocks (the engine process, one thread a direction);
+`AsyncChannel` is the HTTP process's side of the same bytes. Neither knows what the messages mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Generic, TypeVar
+
+import msgspec
+
+Incoming = TypeVar("Incoming")
+
+_LENGTH_BYTES = 4
+
+
+class Channel(Generic[Incoming]):
+    """The blocking side. `receive` is called by one thread, `send` by one thread."""
+
+    def __init__(self, connection: socket.socket, incoming: type[Incoming]) -> None:
+        """`incoming` is the union of the messages that may arrive."""
+        self._connection = connection
+        self._reader = connection.makefile("rb")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Write one message. Raises `OSError` when the other side is gone."""
+        frame = self._encoder.encode(message)
+        self._connection.sendall(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+
+    def receive(self) -> Incoming | None:
+        """The next message; None when the other side is gone."""
+        header = self._reader.read(_LENGTH_BYTES)
+        if len(header) < _LENGTH_BYTES:
+            return None
+        size = int.from_bytes(header, "big")
+        frame = self._reader.read(size)
+        return self._decoder.decode(frame) if len(frame) == size else None
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._reader.close()
+        self._connection.close()
+
+
+class AsyncChannel(Generic[Incoming]):
+    """The asyncio side."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, incoming: type[Incoming]) -> None:
+        """Use `connect`."""
+        self._reader = reader
+        self._writer = writer
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+
+    @classmethod
+    async def connect(cls, connection: socket.socket, incoming: type[Incoming]) -> AsyncChannel[Incoming]:
+        """Wrap a connected socket; the channel owns it from here."""
+        reader, writer = await asyncio.open_connection(sock=connection)
+        return cls(reader, writer, incoming)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue one message for writing; it never blocks. The other side's end shows in `receive`."""
+        frame = self._encoder.encode(message)
+        self._writer.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+
+    async def receive(self) -> Incoming | None:
+        """The next message; None when the other side is gone."""
+        try:
+            header = await self._reader.readexactly(_LENGTH_BYTES)
+            return self._decoder.decode(await self._reader.readexactly(int.from_bytes(header, "big")))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def close(self) -> None:
+        """Give the socket back."""
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):  # the other side went first
+            await self._writer.wait_closed()

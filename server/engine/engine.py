@@ -1,0 +1,274 @@
+"""The engine: sequences in, tokens out, one step at a time. Single-threaded; knows no sockets and no text.
+
+A sequence's life: `add` asks the bank for its stack; once that is resident it waits in the scheduler; it runs,
+step by step, until it ends; then its pages and its hold on the adapters go back. Every sequence that was added
+gets exactly one end: a `Tokens` with a finish reason, a `Failed`, or its own `abort`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from server.adapters import Adapter, Bank, EmbeddingPrefix
+from server.adapters.bank import AdapterKey, Ticket
+from server.engine.batch import BatchBuilder, LogitRows, StepBatch
+from server.engine.pages import PagePool
+from server.engine.prefixes import Span
+from server.engine.protocol import Failed, Generate, StepOutput, StepStats, Tokens
+from server.engine.runner import Runner
+from server.engine.sampler import Choice, Sampler, log_probabilities
+from server.engine.scheduler import Schedule, Scheduler
+from server.engine.sequence import Sequence
+from server.errors import RequestError
+from server.model import FrozenBase, KVCache
+
+NOT_FINITE = "the model's output for this request is not finite; its adapters drive the base out of range"
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Sizes that the engine keeps to."""
+
+    max_seqs: int  # rows of a step
+    max_batch_tokens: int  # positions of a step
+    max_queue: int  # sequences that may wait
+    num_pages: int  # of the KV cache, the null page counted
+    page_size: int  # positions of a page
+    adapter_bytes: int  # of the bank
+
+
+@dataclass
+class _Outbox:
+    """What the step has to say."""
+
+    tokens: list[Tokens] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+
+class Engine:
+    """See the module."""
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        limits: EngineLimits,
+        load_adapter: Callable[[Mapping[str, str]], Adapter],
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`load_adapter` reads an adapter by its files' blobs, on other threads; `wake` is called from those when
+        there is something new for `step`."""
+        self.base = base
+        self.limits = limits
+        self.bank = Bank(limits.adapter_bytes, load_adapter, wake)
+        self.scheduler = Scheduler(
+            PagePool(limits.num_pages, limits.page_size),
+            max_seqs=limits.max_seqs,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+        cache = KVCache(base.layers, limits.num_pages, limits.page_size, dtype=base.dtype, device=base.device)
+        self._batches = BatchBuilder(base.shape, limits.page_size, base.device)
+        self._runner = Runner(base, cache)
+        self._eos_token_ids = frozenset(base.eos_token_ids)
+        self._sampler = Sampler(base.eos_token_ids)
+        self._sequences: dict[str, Sequence] = {}
+        self._tickets: dict[str, Ticket] = {}
+        self._outbox = _Outbox()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something; while loads are under way `wake` tells when to look again."""
+        return bool(self._sequences or self._outbox.failed)
+
+    @property
+    def must_wait(self) -> bool:
+        """Every sequence there is waits for an adapter's load."""
+        return bool(self._sequences) and not (self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request: Generate) -> None:
+        """Accept a sequence, or say why not in the next step's output."""
+        if self.bank.waiting + len(self.scheduler.waiting) >= self.limits.max_queue:
+            self._fail(request.id, RequestError("queue_full", f"{self.limits.max_queue} requests wait already"))
+            return
+        sequence = Sequence(request)
+        self._sequences[request.id] = sequence
+        if request.stack:
+            keys = [AdapterKey(adapter.digest, adapter.files) for adapter in request.stack]
+            self._tickets[request.id] = self.bank.request(request.id, keys)
+        else:
+            self._enqueue(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a sequence; its row and pages are free before the next step."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+            ticket = self._tickets.pop(request_id, None)
+            if ticket is not None:
+                self.bank.cancel(ticket)
+
+    def step(self) -> StepOutput:
+        """One iteration: admit, schedule, run, sample, commit."""
+        started = time.perf_counter()
+        self._admit()
+        self._end_overdue()
+        schedule = self.scheduler.schedule()
+        batch = None
+        if schedule.rows:
+            batch = self._batches.build(schedule)
+            self._commit(batch, self._runner.run(schedule, batch))
+        return self._output(schedule, batch, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self.bank.close()
+
+    def _admit(self) -> None:
+        """Sequences whose adapters have become resident (or cannot be loaded)."""
+        for ticket in self.bank.advance():
+            sequence = self._sequences[ticket.owner]
+            if ticket.stack is None:
+                assert ticket.error is not None
+                self._end(sequence, ticket.error)
+                continue
+            sequence.stack = ticket.stack
+            sequence.spans = _spans(sequence)
+            self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        """Refuse what can never run; else queue it."""
+        request = sequence.request
+        longest = sequence.num_tokens + request.sampling.max_tokens
+        pages = self.scheduler.pages_needed(sequence.spans, longest)
+        error = None
+        if longest > self.base.max_model_len:
+            error = f"the model's length is {self.base.max_model_len}"
+        elif pages > self.scheduler.pages.capacity:
+            error = f"it needs {pages} KV pages and the server has {self.scheduler.pages.capacity}"
+        if error is not None:
+            message = (
+                f"{sequence.num_virtual} virtual tokens + {len(request.prompt)} prompt tokens + "
+                f"{request.sampling.max_tokens} new ones are too many: {error}"
+            )
+            self._end(sequence, RequestError("context_length_exceeded", message, "max_tokens"))
+        elif not request.prompt and not (sequence.spans and sequence.spans[-1].is_run):
+            message = "the prompt is empty, and there is no soft prompt whose last virtual token could go on"
+            self._end(sequence, RequestError("empty_prompt", message, "prompt"))
+        else:
+            self.scheduler.add(sequence)
+
+    def _end_overdue(self) -> None:
+        now = time.time()
+        overdue = [sequence for sequence in self._sequences.values() if sequence.request.deadline < now]
+        for sequence in overdue:
+            self._end(sequence, RequestError("deadline_exceeded", "the request's time ran out before its last token"))
+
+    def _commit(self, batch: StepBatch, logits: torch.Tensor) -> None:
+        """Score prompts, choose tokens, and end what is done."""
+        for rows in batch.logit_rows:
+            if rows.sequence.sampling.prompt_logprobs:
+                _score_prompt(rows, logits)
+        sampling = [rows for rows in batch.logit_rows if rows.samples]
+        ended = [rows.sequence for rows in sampling if rows.sequence.sampling.max_tokens == 0]
+        for sequence in ended:
+            self._say(sequence, [], None, "length", None)
+        sampling = [rows for rows in sampling if rows.sequence.sampling.max_tokens > 0]
+        if sampling:
+            chosen = logits[[rows.stop - 1 for rows in sampling]]
+            sequences = [rows.sequence for rows in sampling]
+            for sequence, choice in zip(sequences, self._sampler.choose(sequences, chosen), strict=True):
+                self._append(sequence, choice)
+
+    def _append(self, sequence: Sequence, choice: Choice) -> None:
+        """Give a sequence its next token, or its end."""
+        if choice.token is None:
+            self._end(sequence, RequestError("not_finite_logits", NOT_FINITE))
+            return
+        token, sampling = choice.token, sequence.sampling
+        stops = token in sampling.stop_token_ids or (token in self._eos_token_ids and not sampling.ignore_eos)
+        if stops:
+            self._say(sequence, [], None, "stop", token)
+            return
+        sequence.output.append(token)
+        finish = "length" if len(sequence.output) == sampling.max_tokens else None
+        self._say(sequence, [token], choice, finish, None)
+
+    def _say(
+        self, sequence: Sequence, tokens: list[int], choice: Choice | None, finish: str | None, stop_token: int | None
+    ) -> None:
+        first = len(sequence.output) == len(tokens)
+        logprobs = [choice.logprobs] if choice is not None and choice.logprobs is not None else None
+        self._outbox.tokens.append(
+            Tokens(
+                id=sequence.id,
+                token_ids=tokens,
+                logprobs=logprobs,
+                prompt_logprobs=sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs else None,
+                finish_reason=finish,
+                stop_token=stop_token,
+                virtual_tokens=sequence.num_virtual,
+                cached_tokens=sequence.num_cached or 0,
+            )
+        )
+        if finish is not None:
+            self.abort(sequence.id)
+
+    def _end(self, sequence: Sequence, error: RequestError) -> None:
+        """End a sequence by an error."""
+        self.abort(sequence.id)
+        self._fail(sequence.id, error)
+
+    def _fail(self, request_id: str, error: RequestError) -> None:
+        self._outbox.failed.append(Failed(id=request_id, code=error.code, message=error.message, param=error.param))
+
+    def _output(self, schedule: Schedule, batch: StepBatch | None, seconds: float) -> StepOutput:
+        outbox, self._outbox = self._outbox, _Outbox()
+        load_seconds, self.bank.load_seconds = self.bank.load_seconds, []
+        decoded = sum(1 for row in schedule if isinstance(row.run, Sequence) and row.run.output and row.count == 1)
+        virtual = batch.num_virtual if batch else 0
+        stats = StepStats(
+            seconds=seconds,
+            rows=len(schedule.rows),
+            adapters=batch.num_adapters if batch else 0,
+            prefill_tokens=sum(row.count for row in schedule) - decoded - virtual,
+            decode_tokens=decoded,
+            virtual_tokens=virtual,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + self.bank.waiting,
+            preemptions=schedule.num_preempted,
+            kv_pages_used=self.scheduler.pages.used,
+            kv_pages=self.scheduler.pages.capacity,
+            bank_bytes=self.bank.used,
+            bank_capacity=self.bank.capacity,
+            bank_adapters=len(self.bank),
+            load_seconds=load_seconds,
+        )
+        return StepOutput(tokens=outbox.tokens, failed=outbox.failed, stats=stats)
+
+
+def _spans(sequence: Sequence) -> tuple[Span, ...]:
+    """Where each adapter's virtual tokens stand: in the order of the stack."""
+    spans: list[Span] = []
+    at = 0
+    for level, resident in enumerate(sequence.stack):
+        prefix = resident.adapter.prefix
+        if prefix is not None:
+            spans.append(Span(at, at + prefix.length, level, isinstance(prefix, EmbeddingPrefix)))
+            at += prefix.length
+    return tuple(spans)
+
+
+def _score_prompt(rows: LogitRows, logits: torch.Tensor) -> None:
+    """Note the log-probabilities of the prompt's tokens that these rows predict; the first token has none."""
+    sequence = rows.sequence
+    prompt, scored = sequence.request.prompt, sequence.prompt_logprobs
+    if not scored:
+        scored.append(None)
+    top = sequence.sampling.logprobs or 0
+    first = sequence.num_computed - (rows.stop - rows.start) - sequence.num_virtual  # the prompt index of the rows
+    for index, row in enumerate(logits[rows.start : rows.stop], start=first + 1):
+        if index == len(scored) and index < len(prompt):
+            scored.append(log_probabilities(row, top).of(prompt[index]))

@@ -1,0 +1,208 @@
+"""The engine process: one end of a socket, the base, and the loop between them.
+
+Threads: this one steps; a reader takes messages off the socket; a writer puts them on it, so that a slow HTTP
+process never holds a step; a few check uploads and load adapters. When the other side of the socket is gone, so
+is this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+import msgspec
+import psutil
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from adapters_store import LocalBlobs, VersionCorrupt
+from server.adapters import Adapter, Checkpoint, read_adapter
+from server.engine.channel import Channel
+from server.engine.engine import Engine, EngineLimits
+from server.engine.loop import EngineLoop
+from server.engine.protocol import (
+    Abort,
+    AdapterFacts,
+    BaseFacts,
+    Configure,
+    Failed,
+    Fatal,
+    Generate,
+    Inspect,
+    Inspected,
+    Ready,
+    ToEngine,
+)
+from server.errors import AdapterError, RequestError, StartupError
+from server.model import FrozenBase, KVCache
+from server.model.fingerprint import fingerprint, resolve_folder
+
+logger = logging.getLogger("medley.engine")
+
+_KV_SHARE = 0.25  # of the free memory, where no size is set
+
+
+def main(descriptor: int) -> int:
+    """Serve the socket until the other side is gone; the exit status."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    channel: Channel[ToEngine] = Channel(socket.socket(fileno=descriptor), ToEngine)  # type: ignore[arg-type]
+    first = channel.receive()
+    if not isinstance(first, Configure):
+        return 0  # the parent went before it said anything
+    try:
+        process = EngineProcess(channel, first)
+    except StartupError as error:
+        channel.send(Fatal(message=str(error)))
+        return 1
+    process.run()
+    return 0
+
+
+class EngineProcess:
+    """A loaded engine on a channel."""
+
+    def __init__(self, channel: Channel[ToEngine], settings: Configure) -> None:
+        """Load, probe and say `Ready`. Raises `StartupError`."""
+        self._channel = channel
+        self._outgoing: SimpleQueue[msgspec.Struct] = SimpleQueue()
+        self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload-check")
+        self._blobs = LocalBlobs(Path(settings.blobs))
+        if settings.max_batch_tokens < settings.max_seqs:
+            raise StartupError(
+                f"--max-batch-tokens {settings.max_batch_tokens} is less than --max-seqs {settings.max_seqs}: every "
+                "running request needs a token of each step"
+            )
+        folder = resolve_folder(settings.model)
+        self._base = FrozenBase.load(
+            folder, device=settings.device, dtype=settings.dtype, max_model_len=settings.max_model_len
+        )
+        limits = _limits(settings, self._base)
+        self._loop = EngineLoop(self._outgoing.put)
+        self._engine = Engine(self._base, limits, self._load_adapter, self._loop.wake)
+        channel.send(Ready(base=_facts(settings, self._base, folder, limits)))
+
+    def run(self) -> None:
+        """Step until the other side is gone."""
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
+        self._loop.run(self._engine)
+        self._engine.close()
+
+    def _read(self) -> None:
+        while (message := self._channel.receive()) is not None:
+            match message:
+                case Generate() | Abort():
+                    self._loop.post(message)
+                case Inspect():
+                    self._checks.submit(self._inspect, message)
+                case Configure():
+                    raise AssertionError("Configure comes once, first")
+        self._loop.stop()
+
+    def _write(self) -> None:
+        try:
+            while True:
+                self._channel.send(self._outgoing.get())
+        except OSError:
+            self._loop.stop()  # the other side is gone
+
+    def _inspect(self, message: Inspect) -> None:
+        try:
+            adapter = read_adapter(Checkpoint.open(Path(message.folder), self._base.dtype), self._base.shape)
+        except RequestError as error:
+            failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
+            self._outgoing.put(Inspected(id=message.id, error=failed))
+        except Exception as error:  # whatever an upload does to its check, its uploader gets an answer
+            logger.exception("an upload's check failed unexpectedly")
+            failed = Failed(id=message.id, code="bad_config", message=f"the adapter cannot be read: {error!r}")
+            self._outgoing.put(Inspected(id=message.id, error=failed))
+        else:
+            self._outgoing.put(Inspected(id=message.id, facts=_adapter_facts(adapter)))
+
+    def _load_adapter(self, files: Mapping[str, str]) -> Adapter:
+        """Read a stored adapter onto the device; on a loader's thread."""
+        try:
+            contents = {name: self._blobs.read(sha256) for name, sha256 in files.items()}
+        except (VersionCorrupt, OSError) as error:
+            raise RequestError("adapter_unavailable", f"the version's files cannot be read: {error}") from error
+        try:
+            return read_adapter(Checkpoint.parse(contents, self._base.dtype), self._base.shape).to(self._base.device)
+        except AdapterError as error:
+            raise RequestError("adapter_unavailable", f"the version no longer loads: {error.message}") from error
+
+
+def _adapter_facts(adapter: Adapter) -> AdapterFacts:
+    return AdapterFacts(
+        method=adapter.method,
+        parameters=adapter.parameters,
+        bytes=adapter.bytes,
+        virtual_tokens=adapter.virtual_tokens,
+        rank=adapter.rank,
+        warnings=list(adapter.warnings),
+    )
+
+
+def _limits(settings: Configure, base: FrozenBase) -> EngineLimits:
+    page_bytes = KVCache.page_bytes(base.layers, settings.page_size, base.dtype)
+    budget = settings.kv_cache_bytes or int(_free_memory(base.device) * _KV_SHARE)
+    most = settings.max_seqs * -(-base.max_model_len // settings.page_size)  # more could never be in use
+    num_pages = min(budget // page_bytes, most) if settings.kv_cache_bytes is None else budget // page_bytes
+    if num_pages < 2:
+        raise StartupError(f"--kv-cache-memory is too small: one page of {settings.page_size} tokens is {page_bytes} B")
+    return EngineLimits(
+        max_seqs=settings.max_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue=settings.max_queue,
+        num_pages=num_pages,
+        page_size=settings.page_size,
+        adapter_bytes=settings.adapter_bytes,
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available
+
+
+def _facts(settings: Configure, base: FrozenBase, folder: Path, limits: EngineLimits) -> BaseFacts:
+    tokenizer = _tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return BaseFacts(
+        id=settings.base_id,
+        fingerprint=fingerprint(folder, Path(settings.cache)),
+        architecture=type(base.model).__name__,
+        parameters=base.parameters,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        max_model_len=base.max_model_len,
+        vocab_size=base.vocab_size,
+        eos_token_ids=base.eos_token_ids,
+        tokenizer=backend.to_str() if backend is not None else None,
+        special_tokens={
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+        }
+        if tokenizer is not None
+        else {},
+        chat_template=tokenizer.chat_template if tokenizer is not None else None,
+        kv_pages=limits.num_pages - 1,
+        page_size=limits.page_size,
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer; None where its folder has none, so that only token ids can be asked for."""
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    return tokenizer

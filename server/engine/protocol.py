@@ -1,0 +1,197 @@
+"""The messages between the HTTP process and the engine process.
+
+Frozen msgspec structs, one MessagePack frame each, over one stream socket (`server.engine.channel`). Requests
+name their adapters by content, so the engine needs the blob store but no index; text stays on the HTTP side,
+so the engine knows token ids only. This module knows no torch.
+
+    HTTP → engine   Configure, once; then Generate, Abort, Inspect
+    engine → HTTP   Ready, once; then StepOutput after each step, Inspected per upload, Fatal before it dies
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of every message; the tag is the class's name."""
+
+
+class Configure(Message, frozen=True, kw_only=True):
+    """What the engine runs with; the values are those of `server.settings`, sizes in bytes."""
+
+    model: str  # hub id or folder
+    base_id: str  # the id that clients use
+    device: str
+    dtype: str
+    max_seqs: int
+    max_batch_tokens: int
+    max_model_len: int | None
+    kv_cache_bytes: int | None
+    adapter_bytes: int
+    page_size: int
+    max_queue: int
+    blobs: str  # the blob store's folder
+    cache: str  # a folder for what may be computed again: fingerprints
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. Names and meanings are OpenAI's and vLLM's."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # Keskar et al. 2019 (CTRL); over prompt and output
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # the HTTP side draws one where the caller gave none
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # how many alternatives beside the chosen token; None: no log-probabilities
+    prompt_logprobs: bool = False  # the same for the prompt's tokens (`echo` with `logprobs`)
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """One adapter of a stack, by content: the version's digest and the blobs of its files."""
+
+    digest: str
+    files: dict[str, str]  # file name → sha256 of its blob
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Run one sequence: a prompt under a stack of adapters, task's first. `n` choices are `n` of these."""
+
+    id: str  # unique among the open ones
+    prompt: list[int]
+    stack: tuple[AdapterRef, ...] = ()
+    sampling: Sampling
+    choice: int = 0  # index among the request's choices; with seed and position it fixes the noise
+    deadline: float  # Unix time in seconds
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Forget the sequence; nothing more is said of it. An unknown id is ignored."""
+
+    id: str
+
+
+class Inspect(Message, frozen=True, kw_only=True):
+    """Check an adapter's files in a local folder against the base, beside the steps."""
+
+    id: str
+    folder: str
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (nats) at one position, of the model's own distribution."""
+
+    chosen: float
+    top: dict[int, float]  # token id → log-probability, best first
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a step gave one sequence. The one with `finish_reason` is its last."""
+
+    id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first tokens; [0] is None
+    finish_reason: str | None = None  # stop | length
+    stop_token: int | None = None  # the id that ended it; not in `token_ids`
+    virtual_tokens: int = 0  # of the stack
+    cached_tokens: int = 0  # positions that were computed before this sequence came, virtual ones counted
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence's end by an error: the fields of a `RequestError`."""
+
+    id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of one step, for the metrics."""
+
+    seconds: float
+    rows: int
+    adapters: int  # distinct ones in the step
+    prefill_tokens: int
+    decode_tokens: int
+    virtual_tokens: int  # soft-prompt positions run in this step
+    running: int
+    waiting: int
+    preemptions: int  # since the step before
+    kv_pages_used: int
+    kv_pages: int
+    bank_bytes: int
+    bank_capacity: int
+    bank_adapters: int
+    load_seconds: list[float]  # of adapters that became resident since the step before
+
+
+class StepOutput(Message, frozen=True, kw_only=True):
+    """Everything one step has to say, in one frame."""
+
+    tokens: list[Tokens]
+    failed: list[Failed]
+    stats: StepStats
+
+
+class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checked adapter is."""
+
+    method: str
+    parameters: int
+    bytes: int  # resident on the device
+    virtual_tokens: int
+    rank: int | None
+    warnings: list[str]
+
+
+class Inspected(Message, frozen=True, kw_only=True):
+    """The answer to `Inspect`: facts, or the error that refuses the upload."""
+
+    id: str
+    facts: AdapterFacts | None = None
+    error: Failed | None = None
+
+
+class BaseFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the HTTP side needs to know of the base."""
+
+    id: str
+    fingerprint: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    tokenizer: str | None  # `tokenizer.json`'s text; None: token-id prompts only
+    special_tokens: dict[str, str]  # bos_token, eos_token, … as a chat template names them
+    chat_template: str | None
+    kv_pages: int
+    page_size: int
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The base is loaded, probed, and the engine steps."""
+
+    base: BaseFacts
+
+
+class Fatal(Message, frozen=True, kw_only=True):
+    """The engine cannot start or go on; the process exits after this."""
+
+    message: str
+
+
+ToEngine = Configure | Generate | Abort | Inspect
+FromEngine = Ready | StepOutput | Inspected | Fatal

@@ -1,0 +1,85 @@
+"""One sequence: a prompt under a stack of adapters, and what has been generated so far.
+
+Positions 0 … `num_virtual` - 1 are the stack's virtual tokens, the text follows. There is no prefill and no decode
+phase: `num_computed` positions have their keys and values in pages and catch up with `num_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from server.engine.prefixes import PrefixRun, Span
+from server.engine.protocol import Generate, Sampling, TokenLogprobs
+
+if TYPE_CHECKING:  # the scheduler and what it handles know no torch
+    from server.adapters import Resident
+
+
+@dataclass(eq=False)
+class Sequence:
+    """See the module. Mutable; owned by the engine's thread."""
+
+    request: Generate
+    stack: tuple[Resident, ...] = ()
+    spans: tuple[Span, ...] = ()  # of the stack's virtual tokens
+    output: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_computed: int = 0  # once the step under way has run
+    num_cached: int | None = None  # positions that were there when it first started
+    prefix: PrefixRun | None = None
+    num_shared_pages: int = 0  # pages of the prefix that stand before its own
+    own_pages: list[int] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
+    @property
+    def sampling(self) -> Sampling:
+        """The request's."""
+        return self.request.sampling
+
+    @property
+    def stack_key(self) -> tuple[str, ...]:
+        """The stack by content."""
+        return tuple(resident.digest for resident in self.stack)
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens of the stack."""
+        return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def num_prefix(self) -> int:
+        """Positions that come from the prefix's pages. A sequence without text runs the last virtual token
+        itself, since it needs that token's logits."""
+        return self.num_virtual if self.request.prompt else self.num_virtual - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions so far, virtual ones counted."""
+        return self.num_virtual + len(self.request.prompt) + len(self.output)
+
+    @property
+    def num_remaining(self) -> int:
+        """Positions yet to be computed."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def block_table(self) -> list[int]:
+        """Its pages, in order of position."""
+        shared = self.prefix.pages[: self.num_shared_pages] if self.prefix else []
+        return shared + self.own_pages
+
+    def token_ids(self, start: int, stop: int) -> Items[int]:
+        """Ids of the positions `start` … `stop` - 1, none of them virtual."""
+        start, stop = start - self.num_virtual, stop - self.num_virtual
+        prompt = self.request.prompt
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return (prompt[start:] if start < len(prompt) else []) + self.output[
+            max(0, start - len(prompt)) : stop - len(prompt)
+        ]

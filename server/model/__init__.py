@@ -1,0 +1,23 @@
+"""The frozen base model: loading, the probe that decides whether it is served right, its attention over KV
+pages, and the sites at which adapters change its modules. Knows nothing of adapters' formats, of requests or
+of scheduling."""
+
+from server.model.attention import AttentionPlan, DecodeGroup, PagedAttention, PrefillRow
+from server.model.base import BaseShape, FrozenBase
+from server.model.kv_cache import KVCache, LayerShape
+from server.model.sites import RowDelta, Segment, SitePlan, Sites
+
+__all__ = [
+    "AttentionPlan",
+    "BaseShape",
+    "DecodeGroup",
+    "FrozenBase",
+    "KVCache",
+    "LayerShape",
+    "PagedAttention",
+    "PrefillRow",
+    "RowDelta",
+    "Segment",
+    "SitePlan",
+    "Sites",
+]

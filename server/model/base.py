@@ -1,0 +1,179 @@
+"""The frozen base: one `transformers` causal language model, loaded once, never written to.
+
+A forward pass takes one packed step: embeddings `[num_tokens, hidden]` with explicit positions, an
+`Attention` over the KV cache, and the row deltas at the sites. Nothing is copied per task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from server.errors import StartupError
+from server.model.attention import IMPLEMENTATION, Attention
+from server.model.kv_cache import LayerShape
+from server.model.probe import probe
+from server.model.sites import SitePlan, Sites, SiteShape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What an adapter must fit: widths and names, no weights."""
+
+    sites: dict[str, SiteShape]
+    layers: tuple[LayerShape, ...]
+    embedding_width: int
+    dtype: torch.dtype
+
+
+class FrozenBase:
+    """A probed model with its sites."""
+
+    def __init__(self, model: PreTrainedModel, max_model_len: int | None = None) -> None:
+        """Freeze, probe and wrap `model`. Raises `StartupError` where it cannot be served right."""
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.max_model_len = _max_model_len(model.config, max_model_len)
+        self.layers = tuple(probe(model, self.max_model_len))
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.sites = Sites(model, model.get_output_embeddings())
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:
+        """Load from a folder in Hugging Face form, safetensors only. `device` and `dtype` may be `auto`."""
+        target = pick_device(device)
+        wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES.get(wanted, wanted),
+                attn_implementation="eager",
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise StartupError(f"the model in {folder} cannot be loaded: {error}") from error
+        return cls(model.to(target), max_model_len)
+
+    @property
+    def _embedding_weight(self) -> Tensor:
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]  # a module's attributes are untyped
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings, and so of the hidden states and the KV cache."""
+        return self._embedding_weight.dtype
+
+    @property
+    def shape(self) -> BaseShape:
+        """What an adapter must fit."""
+        return BaseShape(self.sites.shapes, self.layers, self._embedding_weight.shape[1], self.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: ids below it may be asked for."""
+        return self._embedding_weight.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """From the generation config, else the model's config."""
+        generation = getattr(self.model, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        if ids is None:
+            ids = getattr(self.config, "eos_token_id", None)
+        if ids is None:
+            return []
+        return [ids] if isinstance(ids, int) else list(ids)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """`[num_tokens]` → `[num_tokens, hidden]`, through the model's own embedding."""
+        embedded: Tensor = self.embedding(token_ids[None])[0]
+        return embedded
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        deltas: SitePlan,
+        logit_tokens: Tensor,
+    ) -> Tensor:
+        """Run a packed step.
+
+        `embeddings` `[num_tokens, hidden]`, `positions` `[num_tokens]`; `logit_tokens` `[n]` are the indices, in
+        ascending order, of the tokens whose logits are wanted. Returns float32 `[n, vocabulary]` from the
+        class's own head, so that its caps and scales hold.
+        """
+        with self.sites.applying(deltas):
+            output = self.model(
+                inputs_embeds=embeddings[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logit_tokens,
+                medley_attention=attention,
+            )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build")
+    return torch.device(name)
+
+
+def _max_model_len(config: Any, wanted: int | None) -> int:
+    """The longest sequence, virtual tokens included, that the model is known to be right for."""
+    own: int | None = getattr(config, "max_position_embeddings", None)
+    if own is None and wanted is None:
+        raise StartupError("the model's config names no longest sequence; set --max-model-len")
+    if own is not None and wanted is not None and wanted > own:
+        raise StartupError(f"--max-model-len {wanted} is more than the model's own {own}")
+    length = wanted or own
+    assert length is not None
+    limit = _length_dependent_rope_limit(config)
+    if limit is not None and length > limit:
+        raise StartupError(
+            f"this model's rotary embedding changes with the longest position of a batch beyond {limit}, which "
+            f"would let requests change each other's answers; set --max-model-len {limit} or less"
+        )
+    return length
+
+
+def _length_dependent_rope_limit(config: Any) -> int | None:
+    """Positions up to which a dynamic or longrope embedding is the same whatever the batch holds."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in per_layer_type or [parameters]:
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return int(original or config.max_position_embeddings)
+    return None

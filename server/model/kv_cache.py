@@ -1,0 +1,79 @@
+"""The tensors of the paged KV cache. Which page belongs to whom is the engine's business.
+
+Page 0 is the null page: always zero, never handed out, so that padded block tables point somewhere harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NULL_PAGE = 0
+
+
+class LayerShape(NamedTuple):
+    """Keys and values of one token in one layer."""
+
+    kv_heads: int
+    head_dim: int
+
+
+class KVCache:
+    """Keys and values of all layers, in pages of `page_size` tokens.
+
+    `layers[i]` is `[2, num_pages, page_size, kv_heads, head_dim]`: keys, then values. Slot `s` of a layer is
+    token `s % page_size` of page `s // page_size`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        num_pages: int,
+        page_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate everything at once, zeroed; the cache never grows."""
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.layers = [torch.zeros(2, num_pages, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+
+    @staticmethod
+    def page_bytes(shapes: Sequence[LayerShape], page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers."""
+        return sum(2 * page_size * shape.kv_heads * shape.head_dim for shape in shapes) * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store tokens. `slots` `[n]`; `keys`, `values` `[n, kv_heads, head_dim]`."""
+        flat = self.layers[layer].flatten(1, 2)
+        flat[0].index_copy_(0, slots, keys)
+        flat[1].index_copy_(0, slots, values)
+
+    def zero(self, pages: Sequence[int]) -> None:
+        """Clear pages that are handed out anew.
+
+        What a former owner left may be NaN, and a masked position still meets its value as `0 · NaN`: without
+        this one request's fault could reach another.
+        """
+        index = torch.tensor(pages, device=self.layers[0].device)
+        for layer in self.layers:
+            layer.index_fill_(1, index, 0)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages."""
+        device = self.layers[0].device
+        source_index, target_index = (
+            torch.tensor(sources, device=device),
+            torch.tensor(targets, device=device),
+        )
+        for layer in self.layers:
+            layer[:, target_index] = layer[:, source_index]
+
+    def fill(self, slots: Tensor, entries: Sequence[Tensor]) -> None:
+        """Store given entries, as prefix tuning has them: per layer `[2, n, kv_heads, head_dim]`."""
+        for index, entry in enumerate(entries):
+            self.write(index, slots, entry[0], entry[1])
