@@ -80,6 +80,7 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         up = checkpoint.take(f"{key}.lora_B.weight", (site.outputs, rank))
         deltas[name] = LowRank(down.t().contiguous(), (up.t() * _scaling(checkpoint, name, rank)).contiguous())
         largest = max(largest, rank)
+    _refuse_base_copies(checkpoint)
     checkpoint.close()
     return Adapter(
         method=NAME,
@@ -98,6 +99,17 @@ def _check_initialisation(value: Any) -> None:
             "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
             "init_lora_weights",
         )
+
+
+def _refuse_base_copies(checkpoint: Checkpoint) -> None:
+    """PEFT adds the base's own embedding or head to the file of an adapter that targets one."""
+    for name in checkpoint.names:
+        if ".base_layer." in name:
+            raise AdapterError(
+                "unsupported_method",
+                f"tensor {name} is a copy of the base's own; save the adapter with save_embedding_layers=False",
+                name,
+            )
 
 
 def _rank(checkpoint: Checkpoint, module: str) -> int:

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters_store import StoreUnavailable
+from adapters_store.errors import StoreUnavailable
 from server.errors import AdapterError, RequestError
 
 RETRY_AFTER_SECONDS = 1

@@ -1,0 +1,125 @@
+"""Templates that turn an input or messages into a prompt: sandboxed Jinja, bounded.
+
+A task's template sees `input` and `inputs` (in a chat, `messages` too, `input` being the last user message); a name
+that is not there is an error. A base's chat template sees what templates on the hub expect: `messages`,
+`add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, `tojson`, loop controls. The source and
+the text that comes out are bounded, and so are `range`, repetition and powers; a template cannot reach anything but its
+variables. What a template says of a bad input becomes a `RequestError` with the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from server.errors import RequestError
+
+MAX_SOURCE = 65_536  # characters of a template
+MAX_OUTPUT = 4_000_000  # characters of a prompt; any model's length is reached long before
+_MAX_EXPONENT = 64
+_WIDENING_FILTERS = ("center", "indent", "format", "wordwrap")  # make much text out of a number
+
+
+class PromptTemplate:
+    """A compiled template."""
+
+    def __init__(self, source: str, *, param: str, chat: bool = False) -> None:
+        """`param` is the field that errors name; `chat`: a base's chat template rather than a task's.
+
+        Raises `RequestError` (`invalid_template`) with the line of a syntax error.
+        """
+        self._param = param
+        if len(source) > MAX_SOURCE:
+            raise RequestError("invalid_template", f"a template has at most {MAX_SOURCE} characters", param)
+        try:
+            self._template: Template = (_CHAT if chat else _TASK).from_string(source)
+        except TemplateSyntaxError as error:
+            raise RequestError("invalid_template", f"line {error.lineno} of the template: {error.message}", param) from None
+        except TemplateError as error:  # an unknown filter or test
+            raise RequestError("invalid_template", f"the template: {error.message}", param) from None
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The prompt. Raises `RequestError` (`invalid_template`) when these variables do not fit the template."""
+        pieces: list[str] = []
+        length = 0
+        try:
+            for piece in self._template.generate(variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > MAX_OUTPUT:
+                    raise _TooLong(f"it makes a prompt of more than {MAX_OUTPUT} characters")
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            where = _line(error)
+            raise RequestError("invalid_template", f"the template{where} refuses this request: {error}", self._param) from None
+        return "".join(pieces)
+
+
+class _TooLong(TemplateError):
+    """The output's bound."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with bounds on what one operator can make."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Refuse operators whose result would be out of proportion."""
+        if operator == "%" and not isinstance(left, int | float):
+            raise SecurityError("% formats no text here; use ~ to join")
+        if operator == "**" and not (isinstance(right, int | float) and abs(right) <= _MAX_EXPONENT):
+            raise SecurityError(f"an exponent is at most {_MAX_EXPONENT}")
+        if operator == "*" and _repeats(left, right) > MAX_OUTPUT:
+            raise SecurityError(f"a repetition makes at most {MAX_OUTPUT} items")
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment(undefined: type[Undefined], **options: Any) -> _Environment:
+    environment = _Environment(undefined=undefined, autoescape=False, **options)
+    for name in _WIDENING_FILTERS:
+        del environment.filters[name]
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _repeats(left: Any, right: Any) -> int:
+    """Items of a text or list that is multiplied by a number; 0 for numbers alone."""
+    for items, count in ((left, right), (right, left)):
+        if isinstance(items, str | list | tuple) and isinstance(count, int):
+            return len(items) * max(0, count)
+    return 0
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """JSON as it is: a prompt is not HTML, so nothing is escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
+
+
+def _line(error: BaseException) -> str:
+    """` at line N` of the innermost template frame."""
+    line = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f" at line {line}"
+
+
+_TASK = _environment(StrictUndefined, keep_trailing_newline=True)
+_CHAT = _environment(Undefined, trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
