@@ -18,7 +18,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from adapters_store.errors import StoreUnavailable
+from adapters_store import Conflict, NotFound, StoreError, StoreFull, StoreUnavailable, VersionCorrupt
+from server.api.metrics import Metrics
 from server.errors import AdapterError, RequestError
 
 RETRY_AFTER_SECONDS = 1
@@ -43,12 +44,13 @@ STATUS_BY_CODE: dict[str, int] = {
     "model_not_found": 404,
     "task_not_found": 404,
     "version_not_found": 404,
+    "canary_not_found": 404,
     "file_not_found": 404,
     "method_not_allowed": 405,
     "base_mismatch": 409,
     "reserved": 409,
     "no_active_version": 409,
-    "version_in_use": 409,
+    "version_active": 409,
     "too_large": 413,
     "unsupported_media_type": 415,
     "queue_full": 429,
@@ -60,6 +62,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "shutting_down": 503,
     "store_unavailable": 503,
     "deadline_exceeded": 504,
+    "store_full": 507,
 }
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
@@ -101,15 +104,34 @@ def error_response(
     return Response(content, status, sent, media_type="application/json")
 
 
-def request_error_of(error: StoreUnavailable) -> RequestError:
-    """The store's unavailability in the words of the contract."""
-    return RequestError("store_unavailable", f"the task index cannot be reached: {error}")
+def request_error_of(error: StoreError) -> RequestError:
+    """What the store says, in the words of the contract."""
+    match error:
+        case StoreUnavailable():
+            return RequestError("store_unavailable", f"the task index cannot be reached: {error}")
+        case StoreFull():
+            return RequestError("store_full", str(error))
+        case NotFound():
+            return RequestError(f"{error.what}_not_found", str(error), "task")
+        case Conflict():
+            return RequestError(error.code, str(error))
+        case VersionCorrupt():
+            return RequestError("adapter_unavailable", str(error))
+        case _:
+            return RequestError("internal_error", str(error))
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, metrics: Metrics) -> None:
     """Give the application its handlers: every way in which a request can fail ends here."""
+
+    async def on_store_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, StoreError)
+        if isinstance(error, StoreUnavailable):
+            metrics.store_error()
+        return await _on_request_error(request, request_error_of(error))
+
     app.add_exception_handler(RequestError, _on_request_error)
-    app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
+    app.add_exception_handler(StoreError, on_store_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
@@ -140,11 +162,6 @@ def _type_of(status: int) -> str:
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error.code, error.message, error.param, status=status_of(error))
-
-
-async def _on_store_unavailable(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StoreUnavailable)
-    return await _on_request_error(request, request_error_of(error))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from server.errors import RequestError
@@ -22,6 +24,8 @@ from server.errors import RequestError
 MAX_SOURCE = 65_536  # characters of a template
 MAX_OUTPUT = 4_000_000  # characters of a prompt; any model's length is reached long before
 _MAX_EXPONENT = 64
+# What a template raises over variables that it was not written for.
+_REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _WIDENING_FILTERS = ("center", "indent", "format", "wordwrap")  # make much text out of a number
 
 
@@ -53,10 +57,21 @@ class PromptTemplate:
                 length += len(piece)
                 if length > MAX_OUTPUT:
                     raise _TooLong(f"it makes a prompt of more than {MAX_OUTPUT} characters")
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _REFUSALS as error:
             where = _line(error)
             raise RequestError("invalid_template", f"the template{where} refuses this request: {error}", self._param) from None
         return "".join(pieces)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}`: marks the assistant's words for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The block's content."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _TooLong(TemplateError):
@@ -122,4 +137,4 @@ def _line(error: BaseException) -> str:
 
 
 _TASK = _environment(StrictUndefined, keep_trailing_newline=True)
-_CHAT = _environment(Undefined, trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+_CHAT = _environment(Undefined, trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock])

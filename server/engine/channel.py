@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -22,8 +22,8 @@ _LENGTH_BYTES = 4
 class Channel(Generic[Incoming]):
     """The blocking side. `receive` is called by one thread, `send` by one thread."""
 
-    def __init__(self, connection: socket.socket, incoming: type[Incoming]) -> None:
-        """`incoming` is the union of the messages that may arrive."""
+    def __init__(self, connection: socket.socket, incoming: Any) -> None:
+        """`incoming` is `Incoming`, the union of the messages that may arrive: a union has no type of its own."""
         self._connection = connection
         self._reader = connection.makefile("rb")
         self._encoder = msgspec.msgpack.Encoder()
@@ -52,7 +52,7 @@ class Channel(Generic[Incoming]):
 class AsyncChannel(Generic[Incoming]):
     """The asyncio side."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, incoming: type[Incoming]) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, incoming: Any) -> None:
         """Use `connect`."""
         self._reader = reader
         self._writer = writer
@@ -60,7 +60,7 @@ class AsyncChannel(Generic[Incoming]):
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
     @classmethod
-    async def connect(cls, connection: socket.socket, incoming: type[Incoming]) -> AsyncChannel[Incoming]:
+    async def connect(cls, connection: socket.socket, incoming: Any) -> AsyncChannel[Incoming]:
         """Wrap a connected socket; the channel owns it from here."""
         reader, writer = await asyncio.open_connection(sock=connection)
         return cls(reader, writer, incoming)

@@ -66,7 +66,9 @@ class TokenStream:
         self._timer = asyncio.get_running_loop().call_later(delay, self.fail, _overdue())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._timer is not None
         self._timer.cancel()
         for request_id in list(self._open):

@@ -52,7 +52,7 @@ def main(descriptor: int) -> int:
     """Serve the socket until the other side is gone; the exit status."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    channel: Channel[ToEngine] = Channel(socket.socket(fileno=descriptor), ToEngine)  # type: ignore[arg-type]
+    channel: Channel[ToEngine] = Channel(socket.socket(fileno=descriptor), ToEngine)
     first = channel.receive()
     if not isinstance(first, Configure):
         return 0  # the parent went before it said anything
@@ -152,8 +152,7 @@ def _adapter_facts(adapter: Adapter) -> AdapterFacts:
 def _limits(settings: Configure, base: FrozenBase) -> EngineLimits:
     page_bytes = KVCache.page_bytes(base.layers, settings.page_size, base.dtype)
     budget = settings.kv_cache_bytes or int(_free_memory(base.device) * _KV_SHARE)
-    most = settings.max_seqs * -(-base.max_model_len // settings.page_size)  # more could never be in use
-    num_pages = min(budget // page_bytes, most) if settings.kv_cache_bytes is None else budget // page_bytes
+    num_pages = budget // page_bytes
     if num_pages < 2:
         raise StartupError(f"--kv-cache-memory is too small: one page of {settings.page_size} tokens is {page_bytes} B")
     return EngineLimits(

@@ -1,0 +1,87 @@
+"""The connection to Redis: how it is made, what is demanded of the server, what its errors mean to the store.
+
+Every call has a timeout. Nothing is sent twice by itself: a call whose answer was lost may have been carried out, and
+only the caller knows whether it may be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from adapters_store.errors import RedisMisconfigured, StoreFull, StoreUnavailable
+
+CALL_TIMEOUT = 3.0
+"""Seconds until a call to Redis fails; blocking reads of the feed wait for less than this."""
+CONNECT_TIMEOUT = 2.0
+MAX_CONNECTIONS = 32
+OLDEST_REDIS = (6, 2)
+
+log = structlog.get_logger(__name__)
+
+
+def open_redis(url: str) -> Redis:
+    """A client of the Redis at `url` (redis://, rediss:// or unix://); it connects with its first call."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=CALL_TIMEOUT,
+        socket_timeout=CALL_TIMEOUT,
+        socket_connect_timeout=CONNECT_TIMEOUT,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+        protocol=2,
+    )
+    return Redis.from_pool(pool)
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Raise the store's errors in place of the client's. A `ResponseError` of a wrong command stays what it is."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise RedisMisconfigured(f"Redis refused the credentials of its URL: {error}") from error
+    except (RedisConnectionError, RedisTimeoutError, ReadOnlyError) as error:
+        raise StoreUnavailable(f"Redis is not available: {error}") from error
+    except OutOfMemoryError as error:
+        raise StoreFull(f"Redis has reached its maxmemory: {error}") from error
+    except ResponseError as error:
+        if str(error).startswith("MISCONF"):  # it cannot write its append-only file or snapshot
+            raise StoreUnavailable(f"Redis does not accept writes: {error}") from error
+        raise
+
+
+async def check_server(redis: Redis) -> None:
+    """Demand what law "nothing acknowledged is lost" needs of Redis; warn about what only loss of power would show."""
+    with redis_errors():
+        info: dict[str, Any] = await redis.info()
+    if info["redis_mode"] == "cluster":
+        raise RedisMisconfigured("Redis runs in cluster mode; a change spans several keys and needs one primary")
+    if info["role"] != "master":
+        raise RedisMisconfigured(f"Redis is a {info['role']}; --redis-url must name the primary")
+    version = str(info["redis_version"])
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_REDIS:
+        raise RedisMisconfigured(f"Redis {version} is too old; 6.2 or newer is needed")
+    if info["maxmemory_policy"] != "noeviction":
+        raise RedisMisconfigured(
+            f"Redis may evict keys (maxmemory-policy {info['maxmemory_policy']}); set maxmemory-policy noeviction"
+        )
+    if not info["aof_enabled"]:
+        log.warning(
+            "redis keeps no append-only file and may lose what it acknowledged when it stops; set appendonly yes"
+        )

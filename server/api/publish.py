@@ -1,0 +1,131 @@
+"""From a folder of files to a task's version: checked by the engine, stored, visible, activated.
+
+Uploads and whoever publishes at start-up go the same way. It also changes a task's settings, which are checked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from adapters_store import (
+    ADAPTER_FILES,
+    ID_PATTERN,
+    FileRecord,
+    NewVersionFacts,
+    NotFound,
+    Task,
+    TaskSettings,
+    Version,
+    adapter_digest,
+    publish_files,
+)
+from server.api.sampling import plan_sampling
+from server.api.schemas.tasks import TaskBody
+from server.api.services import Services
+from server.api.templates import PromptTemplate
+from server.api.uploads import ACCEPTED_FILES
+from server.engine.protocol import AdapterFacts
+from server.errors import AdapterError, RequestError
+
+_ID = re.compile(ID_PATTERN)
+
+
+@dataclass(frozen=True)
+class CheckedUpload:
+    """What a dry run finds out."""
+
+    digest: str
+    facts: AdapterFacts
+    bytes: int  # of all files
+
+
+def check_task_name(services: Services, name: str) -> None:
+    """Refuse a name that a task cannot have."""
+    if not _ID.fullmatch(name):
+        message = f"task: '{name}' is no task id: letters, digits and ._:- (at most 128), a letter or digit first"
+        raise RequestError("invalid_request", message, "task")
+    if name == services.require_base().facts.id:
+        raise RequestError("reserved", f"task: '{name}' is the base's own id; choose another name", "task")
+
+
+async def check_staged(services: Services, folder: Path) -> CheckedUpload:
+    """Have the files of a folder checked; nothing is kept. Raises `AdapterError`."""
+    engine = services.require_base().engine
+    try:
+        async with asyncio.timeout(services.settings.request_timeout):
+            facts = await engine.inspect(uuid.uuid4().hex, str(folder))
+    except TimeoutError:
+        raise RequestError("deadline_exceeded", "the check of the files took too long") from None
+    digest, size = await asyncio.to_thread(_identify, folder)
+    return CheckedUpload(digest, facts, size)
+
+
+async def publish_staged(services: Services, task: str, folder: Path, *, activate: bool) -> tuple[Version, bool]:
+    """Check and publish the files of a staging folder, which are moved away; the version, and whether it is new."""
+    checked = await check_staged(services, folder)
+    facts = NewVersionFacts(
+        method=checked.facts.method,
+        parameters=checked.facts.parameters,
+        bytes=checked.bytes,
+        virtual_tokens=checked.facts.virtual_tokens,
+        rank=checked.facts.rank,
+        base_fingerprint=services.require_base().facts.fingerprint,
+        warnings=checked.facts.warnings,
+    )
+    published = await publish_files(services.index, services.blobs, task, folder, facts, activate=activate)
+    await services.directory.refresh([task])
+    return published
+
+
+async def publish_folder(services: Services, task: str, source: Path, *, activate: bool) -> tuple[Version, bool]:
+    """Publish a PEFT folder of this machine just as an upload of its files would be; the folder stays as it is."""
+    check_task_name(services, task)
+    with services.blobs.staging() as folder:
+        for name in ADAPTER_FILES:
+            if not (source / name).is_file():
+                raise AdapterError("missing_file", f"{name} is missing in {source}", "files")
+        for name in ACCEPTED_FILES:
+            if (source / name).is_file():
+                await asyncio.to_thread(shutil.copyfile, source / name, folder / name)
+        return await publish_staged(services, task, folder, activate=activate)
+
+
+async def put_settings(services: Services, name: str, changes: TaskBody) -> Task:
+    """Create the task, or change the settings that are given; null resets one. Raises `RequestError`."""
+    check_task_name(services, name)
+    if changes.template is not None:
+        PromptTemplate(changes.template, param="template")
+    defaults = {} if changes.defaults is None else changes.defaults.given()
+    plan_sampling({}, defaults, services.require_base().facts)
+    try:
+        old = (await services.index.get_task(name)).settings
+    except NotFound:
+        old = TaskSettings()
+    given = {
+        "description": changes.description or "",
+        "template": changes.template,
+        "defaults": defaults,
+        "labels": changes.labels or {},
+    }
+    named = {field: given[field] for field in changes.model_fields_set}
+    task = await services.index.put_task(name, msgspec.structs.replace(old, **named))
+    await services.directory.refresh([name])
+    return task
+
+
+def _identify(folder: Path) -> tuple[str, int]:
+    """The adapter's digest, and the size of all files in bytes."""
+    records = {}
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.name] = FileRecord(sha256, path.stat().st_size)
+    return adapter_digest(records), sum(record.size for record in records.values())

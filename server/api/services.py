@@ -1,0 +1,79 @@
+"""What the HTTP side works with: one explicit object, built by whoever starts the server.
+
+The application exists before the engine is ready, so that `/healthz` answers from the first second: `base` is None
+until `serve` is called, and generating requests answer 503 `not_ready` until then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from adapters_store import LocalBlobs, RedisIndex, TaskDirectory
+from server.api.last_used import LastUsed
+from server.api.metrics import Metrics
+from server.api.templates import PromptTemplate
+from server.api.text import BaseTokenizer
+from server.engine.client import EngineClient
+from server.engine.protocol import BaseFacts
+from server.errors import RequestError
+from server.settings import Settings
+
+
+class ServedBase:
+    """The base as the HTTP side knows it: the engine that runs it, its facts, its tokenizer and chat template."""
+
+    def __init__(self, engine: EngineClient, facts: BaseFacts) -> None:
+        """`engine` has said that it is ready, and these facts with it."""
+        self.engine = engine
+        self.facts = facts
+        self.tokenizer = None if facts.tokenizer is None else BaseTokenizer(facts.tokenizer)
+
+    @cached_property
+    def chat_template(self) -> PromptTemplate | None:
+        """Compiled when the first chat asks for it. Raises `RequestError` where it is not valid Jinja."""
+        source = self.facts.chat_template
+        return None if source is None else PromptTemplate(source, param="messages", chat=True)
+
+    def require_tokenizer(self, param: str) -> BaseTokenizer:
+        """The tokenizer; `RequestError` naming `param` where the base has none."""
+        if self.tokenizer is None:
+            message = f"{param}: the base has no tokenizer, so it takes token ids only"
+            raise RequestError("no_tokenizer", message, param)
+        return self.tokenizer
+
+
+@dataclass
+class Services:
+    """See the module. The last four fields change while the server runs."""
+
+    settings: Settings
+    index: RedisIndex
+    directory: TaskDirectory
+    blobs: LocalBlobs
+    metrics: Metrics
+    last_used: LastUsed
+    base: ServedBase | None = None
+    ready: bool = False  # set once whatever start-up publishes is published
+    draining: bool = False  # set on shutdown: new requests are refused
+    open_requests: int = 0  # under way, streams until their end
+
+    def serve(self, engine: EngineClient, facts: BaseFacts) -> None:
+        """The engine is ready: requests can be answered."""
+        self.base = ServedBase(engine, facts)
+
+    def require_base(self) -> ServedBase:
+        """The base; `RequestError` while it is loading."""
+        if self.base is None:
+            raise RequestError("not_ready", "the base is still loading; ask again soon")
+        return self.base
+
+    def why_not_ready(self) -> str | None:
+        """What is missing for `/readyz`; None when nothing is."""
+        if self.base is None:
+            return "the base is loading"
+        if not self.base.engine.alive:
+            return "the engine is gone"
+        if self.draining:
+            return "the server is shutting down"
+        return None if self.ready else "the server is publishing its first tasks"
