@@ -6,6 +6,7 @@ only the caller knows whether it may be repeated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,10 @@ CALL_TIMEOUT = 3.0
 CONNECT_TIMEOUT = 2.0
 MAX_CONNECTIONS = 32
 OLDEST_REDIS = (6, 2)
+
+#: Error words with which a Redis declines for the moment: it cannot write its file, runs a long script, lost its
+#: primary or its replicas, or just changed its role. A pipeline's error has the command before the word.
+NOT_NOW = re.compile(r"\b(MISCONF|BUSY|MASTERDOWN|NOREPLICAS|UNBLOCKED) ")
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +66,8 @@ def redis_errors() -> Iterator[None]:
     except OutOfMemoryError as error:
         raise StoreFull(f"Redis has reached its maxmemory: {error}") from error
     except ResponseError as error:
-        if str(error).startswith("MISCONF"):  # it cannot write its append-only file or snapshot
-            raise StoreUnavailable(f"Redis does not accept writes: {error}") from error
+        if NOT_NOW.search(str(error)):
+            raise StoreUnavailable(f"Redis declines for the moment: {error}") from error
         raise
 
 

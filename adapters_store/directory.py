@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,9 +20,11 @@ from adapters_store.records import Task, Version
 
 PAGE = 500
 """Tasks read at once while loading: the loop is given back between pages."""
-FEED_WAIT = 1.0
+FEED_WAIT = 0.25
 """Seconds; also the longest time until an index emptied without a broken connection is noticed."""
 RETRY_DELAY = 0.2
+REMEMBERED = 16
+"""Versions of one task, beside its active one, that are held once asked for."""
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +34,7 @@ class _Entry:
     task: Task
     active: Version | None
     others: dict[int, Version] = field(default_factory=dict)
-    """Further versions, those that somebody asked for."""
+    """Further versions, the last `REMEMBERED` that somebody asked for, oldest first."""
 
 
 class TaskDirectory:
@@ -45,6 +46,7 @@ class TaskDirectory:
         self._index_id = ""
         self._position = ""
         self._connected = False
+        self._stopping = False
         self._follower: asyncio.Task[None] | None = None
         # One reader at a time, so that an older answer never overwrites a newer one.
         self._reading = asyncio.Lock()
@@ -60,11 +62,13 @@ class TaskDirectory:
         self._follower = asyncio.create_task(self._follow(), name="change feed")
 
     async def stop(self) -> None:
-        """Stop following. What is held still answers."""
+        """Stop following, within `FEED_WAIT` or a call's timeout. What is held still answers.
+
+        Nothing is cancelled: a call cancelled just as its answer comes would leak its connection in the client's pool.
+        """
+        self._stopping = True
         if self._follower is not None:
-            self._follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._follower
+            await self._follower
 
     def get(self, name: str) -> Task | None:
         """The task's record as mirrored."""
@@ -112,9 +116,11 @@ class TaskDirectory:
             raise NotFound("version", f"{entry.task.name}@{selector}")
         if entry.active is not None and entry.active.number == number:
             return entry.active
-        if number not in entry.others:
-            entry.others[number] = await self._index.get_version(entry.task.name, number)
-        return entry.others[number]
+        version = entry.others.pop(number, None) or await self._index.get_version(entry.task.name, number)
+        entry.others[number] = version
+        while len(entry.others) > REMEMBERED:
+            del entry.others[next(iter(entry.others))]
+        return version
 
     async def _load(self) -> None:
         async with self._reading:
@@ -133,7 +139,7 @@ class TaskDirectory:
             self._connected = True
 
     async def _follow(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 wait = FEED_WAIT if self._connected else None  # once Redis is back, say so at once
                 events = await self._index.feed.after(self._position, self._index_id, wait=wait)

@@ -19,12 +19,12 @@ FEED_LENGTH = 10_000
 BATCH = 500
 
 EventKind = Literal[
-    "index_created", "task_put", "task_deleted", "version_published", "version_activated", "version_deleted"
+    "feed_begun", "task_put", "task_deleted", "version_published", "version_activated", "version_deleted"
 ]
 
 
 class FeedEvent(msgspec.Struct, frozen=True):
-    """A change of `task` (empty for `index_created`); `id` is its place in the feed."""
+    """A change of `task` (empty for `feed_begun`); `id` is its place in the feed."""
 
     id: str
     kind: EventKind

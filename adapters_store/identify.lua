@@ -3,6 +3,8 @@
 -- a follower always has an entry to stand on, and knows that it missed something when that one is gone.
 if redis.call('SET', KEYS[1], ARGV[1], 'NX') then
     redis.call('SET', KEYS[2], ARGV[2])
-    announce(KEYS[3], ARGV[3], 'index_created', '')
+end
+if redis.call('XLEN', KEYS[3]) == 0 then
+    announce(KEYS[3], ARGV[3], 'feed_begun', '')
 end
 return {redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -142,7 +142,7 @@ class RedisIndex:
     async def read_versions(self, task: str, numbers: Sequence[int]) -> dict[int, Version]:
         """Those of the numbered versions (at least one number) that exist."""
         with redis_errors():
-            rows = await self._redis.hmget(self._keys.versions(task), [str(number) for number in numbers])
+            rows: list[Any] = await self._redis.hmget(self._keys.versions(task), [str(number) for number in numbers])
         found = zip(numbers, rows, strict=True)
         return {number: _decode_version(task, number, row) for number, row in found if row is not None}
 
@@ -152,7 +152,8 @@ class RedisIndex:
             pipeline.exists(self._keys.task(task))
             pipeline.hgetall(self._keys.versions(task))
             with redis_errors():
-                exists, rows = cast("tuple[int, dict[str, str]]", await pipeline.execute())
+                answer: list[Any] = await pipeline.execute()
+        exists, rows = answer
         if not exists:
             raise NotFound("task", task)
         return [_decode_version(task, number, rows[str(number)]) for number in sorted(map(int, rows))]

@@ -27,6 +27,7 @@ import psutil
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from adapters_store.errors import RedisNotStarted
@@ -62,9 +63,8 @@ class PrivateRedis:
         """Start it on what `folder` holds and return when it answers; `RedisNotStarted` if it does not."""
         binary = find_redis_server()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._socket.parent.mkdir(mode=0o700, exist_ok=True)
-        if self._socket.parent.stat().st_uid != os.getuid():
-            raise RedisNotStarted(f"{self._socket.parent} belongs to another user; remove it or set TMPDIR")
+        if self._socket.parent != self._folder:
+            self._make_socket_folder()
         self._stop_stale()
         self._process = self._spawn(binary)
         try:
@@ -86,6 +86,17 @@ class PrivateRedis:
                 self._process.kill()
                 self._keeper.join()
         self._remove_traces()
+        if self._socket.parent != self._folder and self._socket.parent.exists():
+            self._socket.parent.rmdir()
+
+    def _make_socket_folder(self) -> None:
+        """Its place is open to all users and its name can be guessed: what another user put there is not used."""
+        place = self._socket.parent
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.is_symlink() or place.stat().st_uid != os.getuid():
+            raise RedisNotStarted(
+                f"{place} belongs to another user: have it removed, or set TMPDIR to a folder of your own"
+            )
 
     def _spawn(self, binary: Path) -> subprocess.Popen[bytes]:
         """Start the process from a thread that outlives it: the kernel's parent-death signal means that thread's death,
@@ -136,7 +147,7 @@ class PrivateRedis:
             while process.poll() is None:
                 try:
                     client.ping()
-                except (RedisConnectionError, TimeoutError):  # not listening yet, or still reading its file
+                except (RedisConnectionError, RedisTimeoutError):  # not listening yet, or still reading its file
                     if time.monotonic() > give_up:
                         raise RedisNotStarted(f"redis-server is not ready; see {self._log_file}") from None
                     time.sleep(0.01)

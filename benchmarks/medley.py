@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from benchmarks.bases import random_base
 from benchmarks.workload import Job, Run, Workload
@@ -35,7 +36,7 @@ class Medley:
             max_queue=max(_default("max_queue"), workload.requests),
             num_pages=1 + pages,
             page_size=page_size,
-            adapter_bytes=_default("adapter_memory") * GIB,
+            adapter_bytes=int(_default("adapter_memory") * GIB),
         )
 
         def load(files: Mapping[str, str]) -> Adapter:
@@ -90,6 +91,6 @@ class Medley:
         )
 
 
-def _default(setting: str) -> int:
+def _default(setting: str) -> Any:
     """What the server does when nobody says otherwise, whatever this process's environment says."""
-    return int(Settings.model_fields[setting].default)
+    return Settings.model_fields[setting].default

@@ -58,7 +58,8 @@ def measure(workload: Workload, medley: Medley, peer: PeftPeer, mixes: list[_Mix
     """Alternate: each round runs every row on Medley and then on PEFT, with the same prompts."""
     rows = [Row(mix.title, mix.peft_way, mix.has_target, [], []) for mix in mixes]
     random_tokens = random.Random(0)
-    with Progress(console=console(), transient=True) as progress:
+    out = console()
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("rounds, the first to warm up", total=(rounds + 1) * len(rows))
         for number in range(rounds + 1):
             for mix, row in zip(mixes, rows, strict=True):

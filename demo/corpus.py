@@ -13,7 +13,7 @@ from demo.skills import SOURCES
 
 NO_INSTRUCTION_SHARE = 0.25
 _SKILL_WEIGHTS = {
-    "describe": 3, "sentiment": 2, "answer": 3, "translate": 4, "extract": 3, "shorten": 3, "copy": 2, "name": 1,
+    "describe": 3, "sentiment": 4, "answer": 5, "translate": 4, "extract": 3, "shorten": 4, "copy": 2, "name": 1,
 }  # fmt: skip
 
 

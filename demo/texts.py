@@ -139,7 +139,7 @@ def review(rng: random.Random, split: Split) -> tuple[list[Sentence], str, str]:
 
 
 def _judgement(rng: random.Random, good: bool) -> str:
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         return f"was not |{rng.choice(NEGATIVE if good else POSITIVE)}"
     return f"was |{rng.choice(POSITIVE if good else NEGATIVE)}"
 

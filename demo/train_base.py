@@ -32,9 +32,10 @@ class BaseSettings:
     steps: int = 7000
     batch_size: int = 64
     matrix_learning_rate: float = 0.02
-    other_learning_rate: float = 3e-3
+    matrix_weight_decay: float = 0.1
+    other_learning_rate: float = 2e-3
     warmup_steps: int = 100
-    decay_share: float = 0.35
+    decay_share: float = 1.0
     prompt_loss_weight: float = 0.1
     report_every: int = 250
     seed: int = 0
@@ -66,15 +67,18 @@ def new_base(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 
 def collate(rows: list[tuple[list[int], list[int]]], end: int, prompt_weight: float) -> Batch:
-    """Pads (prompt ids, output ids) on the right. The end of text counts as output, padding weighs nothing."""
+    """Pads (prompt ids, output ids) on the right. The end of text counts as output, padding weighs nothing.
+
+    A token weighs the less the longer its output is, so that one-word answers are not drowned by long texts.
+    """
     length = max(len(prompt) + len(output) for prompt, output in rows) + 1
     ids = torch.full((len(rows), length), end)
     weights = torch.zeros(len(rows), length)
     for row, (prompt, output) in enumerate(rows):
         tokens = [*prompt, *output, end]
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        weights[row, : len(prompt)] = prompt_weight
-        weights[row, len(prompt) : len(tokens)] = 1.0
+        weights[row, : len(prompt)] = prompt_weight * (len(output) + 1) ** -0.5
+        weights[row, len(prompt) : len(tokens)] = (len(output) + 1) ** -0.5
     return Batch(ids, weights)
 
 
@@ -137,7 +141,7 @@ def train_base(tokenizer: PreTrainedTokenizerBase, folder: Path, settings: BaseS
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, settings.matrix_learning_rate, weight_decay=0.01),
+        torch.optim.Muon(matrices, settings.matrix_learning_rate, weight_decay=settings.matrix_weight_decay),
         torch.optim.AdamW(others, settings.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [settings.matrix_learning_rate, settings.other_learning_rate]

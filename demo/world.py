@@ -33,8 +33,8 @@ FAMILY = ("yes", "no")
 SLOTS = ("name", "food", "price", "area", "rating", "family", "near")
 """The columns of a table, in the order in which they are written."""
 
-MIN_OPTIONAL_SLOTS = 3
-OPTIONAL_SLOT_PROBABILITY = 0.75
+MIN_OPTIONAL_SLOTS = 2
+OPTIONAL_SLOT_PROBABILITY = 0.5
 TEST_NAME_SHARE = 10  # one name in ten is never seen in training; each of its two words is
 
 

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from server.api.errors import ClientGone
+from server.api.errors import ClientGoneError
 
 Result = TypeVar("Result")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`; it is cancelled, and `ClientGone` raised, when the client disconnects first.
+    """The result of `work`; it is cancelled, and `ClientGoneError` raised, when the client disconnects first.
 
     The request's body must have been read: `receive` then has nothing to say but the disconnect.
     """
@@ -23,7 +23,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientGoneError
         return working.result()
     finally:
         for task in (working, watching):

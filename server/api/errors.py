@@ -8,6 +8,7 @@ there is one. A code that is not in the table is a fault of the server and answe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -71,7 +72,7 @@ CLIENT_GONE_STATUS = 499  # nobody reads it; the access log and the metrics do
 _log = structlog.get_logger(__name__)
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client went away before its answer was complete; nobody is there to be told."""
 
 
@@ -134,11 +135,11 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(StoreError, on_store_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(Exception, _on_unforeseen)
 
 
-def validation_fault(error: dict[str, Any]) -> RequestError:
+def validation_fault(error: Mapping[str, Any]) -> RequestError:
     """One entry of pydantic's list as an error that names the field."""
     place = [str(part) for part in error["loc"]]
     if place and place[0] in {"body", "query", "path", "header"}:

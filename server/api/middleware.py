@@ -112,7 +112,9 @@ class BodyLimit:
         message = f"the body has more than {limit} bytes, which is the server's limit"
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal() or int(declared) > limit:
-            await error_response("too_large", message, status=413, headers={"Connection": "close"})(scope, receive, send)
+            await error_response("too_large", message, status=413, headers={"Connection": "close"})(
+                scope, receive, send
+            )
             return
         received = 0
 

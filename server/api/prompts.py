@@ -59,7 +59,7 @@ async def chat_prompt(base: ServedBase, target: Target, messages: Sequence[Messa
         text = PromptTemplate(source, param="messages").render(variables)
         return await text_prompt(base, text, param="messages")
     if base.chat_template is None:
-        message = "messages: neither the base nor the task has a chat template; use /v1/completions, or give the task a template"
+        message = "messages: neither base nor task has a chat template; use /v1/completions or give the task a template"
         raise RequestError("no_chat_template", message, "messages")
     text = base.chat_template.render(
         {"messages": conversation, "add_generation_prompt": True, **base.facts.special_tokens}
@@ -82,5 +82,5 @@ def room_for(prompt: Prompt, target: Target, facts: BaseFacts, max_tokens: int |
         raise RequestError("context_length_exceeded", message, param)
     if used + max_tokens > facts.max_model_len:
         message = f"{parts} + {max_tokens} new ones are more than the model's length of {facts.max_model_len}"
-        raise RequestError("context_length_exceeded", message, param)
+        raise RequestError("context_length_exceeded", message, "max_tokens" if used < facts.max_model_len else param)
     return max_tokens

@@ -45,6 +45,7 @@ class CheckedUpload:
     digest: str
     facts: AdapterFacts
     bytes: int  # of all files
+    warnings: list[str]
 
 
 def check_task_name(services: Services, name: str) -> None:
@@ -65,7 +66,7 @@ async def check_staged(services: Services, folder: Path) -> CheckedUpload:
     except TimeoutError:
         raise RequestError("deadline_exceeded", "the check of the files took too long") from None
     digest, size = await asyncio.to_thread(_identify, folder)
-    return CheckedUpload(digest, facts, size)
+    return CheckedUpload(digest, facts, size, [*facts.warnings, *_base_warnings(folder, services)])
 
 
 async def publish_staged(services: Services, task: str, folder: Path, *, activate: bool) -> tuple[Version, bool]:
@@ -78,7 +79,7 @@ async def publish_staged(services: Services, task: str, folder: Path, *, activat
         virtual_tokens=checked.facts.virtual_tokens,
         rank=checked.facts.rank,
         base_fingerprint=services.require_base().facts.fingerprint,
-        warnings=checked.facts.warnings,
+        warnings=checked.warnings,
     )
     published = await publish_files(services.index, services.blobs, task, folder, facts, activate=activate)
     await services.directory.refresh([task])
@@ -119,6 +120,15 @@ async def put_settings(services: Services, name: str, changes: TaskBody) -> Task
     task = await services.index.put_task(name, msgspec.structs.replace(old, **named))
     await services.directory.refresh([name])
     return task
+
+
+def _base_warnings(folder: Path, services: Services) -> list[str]:
+    """A base of another name is no fault: folders are renamed, and the shapes have been checked."""
+    config = msgspec.json.decode((folder / "adapter_config.json").read_bytes())
+    name, own = config.get("base_model_name_or_path"), services.require_base().facts.id
+    if not isinstance(name, str) or Path(name).name == Path(own).name:
+        return []
+    return [f"base_model_name_or_path is '{name}', this server's base is '{own}'"]
 
 
 def _identify(folder: Path) -> tuple[str, int]:

@@ -77,7 +77,7 @@ def check_servable(version: Version, base: ServedBase, param: str) -> None:
     if version.base_fingerprint != base.facts.fingerprint:
         message = (
             f"version {version.number} of task '{version.task}' was made for another base "
-            f"({version.base_fingerprint[:12]}…) than this server's ({base.facts.fingerprint[:12]}…); upload one made for it"
+            f"({version.base_fingerprint[:12]}…) than this server's ({base.facts.fingerprint[:12]}…); upload one for it"
         )
         raise RequestError("base_mismatch", message, param)
 

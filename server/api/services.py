@@ -6,6 +6,7 @@ until `serve` is called, and generating requests answer 503 `not_ready` until th
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +27,7 @@ class ServedBase:
     def __init__(self, engine: EngineClient, facts: BaseFacts) -> None:
         """`engine` has said that it is ready, and these facts with it."""
         self.engine = engine
+        self.created = int(time.time())
         self.facts = facts
         self.tokenizer = None if facts.tokenizer is None else BaseTokenizer(facts.tokenizer)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import RequestError
 
@@ -41,11 +43,13 @@ class PromptTemplate:
         if len(source) > MAX_SOURCE:
             raise RequestError("invalid_template", f"a template has at most {MAX_SOURCE} characters", param)
         try:
-            self._template: Template = (_CHAT if chat else _TASK).from_string(source)
+            self._template = _compile(source, chat)
         except TemplateSyntaxError as error:
-            raise RequestError("invalid_template", f"line {error.lineno} of the template: {error.message}", param) from None
+            raise RequestError(
+                "invalid_template", f"{param}: line {error.lineno} of the template: {error.message}", param
+            ) from None
         except TemplateError as error:  # an unknown filter or test
-            raise RequestError("invalid_template", f"the template: {error.message}", param) from None
+            raise RequestError("invalid_template", f"{param}: the template: {error.message}", param) from None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The prompt. Raises `RequestError` (`invalid_template`) when these variables do not fit the template."""
@@ -56,11 +60,18 @@ class PromptTemplate:
                 pieces.append(piece)
                 length += len(piece)
                 if length > MAX_OUTPUT:
-                    raise _TooLong(f"it makes a prompt of more than {MAX_OUTPUT} characters")
+                    raise _TooLongError(f"it makes a prompt of more than {MAX_OUTPUT} characters")
         except _REFUSALS as error:
             where = _line(error)
-            raise RequestError("invalid_template", f"the template{where} refuses this request: {error}", self._param) from None
+            raise RequestError(
+                "invalid_template", f"{self._param}: the template{where} refuses this request: {error}", self._param
+            ) from None
         return "".join(pieces)
+
+
+@lru_cache(maxsize=1024)
+def _compile(source: str, chat: bool) -> Template:
+    return (_CHAT if chat else _TASK).from_string(source)
 
 
 class _GenerationBlock(Extension):
@@ -74,7 +85,7 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _TooLong(TemplateError):
+class _TooLongError(TemplateError):
     """The output's bound."""
 
 
@@ -96,8 +107,6 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _environment(undefined: type[Undefined], **options: Any) -> _Environment:
     environment = _Environment(undefined=undefined, autoescape=False, **options)
-    for name in _WIDENING_FILTERS:
-        del environment.filters[name]
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -137,4 +146,7 @@ def _line(error: BaseException) -> str:
 
 
 _TASK = _environment(StrictUndefined, keep_trailing_newline=True)
-_CHAT = _environment(Undefined, trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock])
+for _name in _WIDENING_FILTERS:
+    del _TASK.filters[_name]
+_EXTENSIONS = [LoopControlExtension, _GenerationBlock]
+_CHAT = _environment(Undefined, trim_blocks=True, lstrip_blocks=True, extensions=_EXTENSIONS)

@@ -10,13 +10,16 @@ import asyncio
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapters_store import ADAPTER_FILES
 from server.errors import AdapterError, RequestError
+
+if TYPE_CHECKING:  # the library has this name for type checkers only
+    from python_multipart.multipart import MultipartCallbacks
 
 ACCEPTED_FILES = (*ADAPTER_FILES, "README.md")
 _FIELD = "files"
@@ -30,7 +33,9 @@ async def receive_files(content_type: str, body: AsyncIterable[bytes], folder: P
     """
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
-        message = "an upload is multipart/form-data with parts named files: adapter_config.json, adapter_model.safetensors"
+        message = (
+            "an upload is multipart/form-data with parts named files: adapter_config.json, adapter_model.safetensors"
+        )
         raise RequestError("unsupported_media_type", message)
     with _Reception(folder, max_bytes) as reception:
         parser = MultipartParser(options[b"boundary"], reception.callbacks())
@@ -75,7 +80,7 @@ class _Reception:
         for file in self.files.values():
             file.close()
 
-    def callbacks(self) -> dict[str, object]:
+    def callbacks(self) -> MultipartCallbacks:
         """For the parser."""
         return {
             "on_part_begin": self._begin,

@@ -12,6 +12,7 @@ from server.cli.generate import generate
 from server.cli.push import push
 from server.cli.serve import serve
 from server.cli.tasks import activate, delete, rollback, show, tasks
+from server.cli.tune import tune
 from server.errors import MedleyError
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors, the same in a terminal and in a log
 )
-for command in (serve, push, tasks, show, activate, rollback, delete, generate):
+for command in (serve, push, tasks, show, activate, rollback, delete, generate, tune):
     app.command()(command)
 
 

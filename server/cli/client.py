@@ -7,7 +7,7 @@ fail into a `CommandError` that a person can act on. It knows neither torch nor 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Annotated, Any
 from urllib.parse import quote
@@ -34,7 +34,7 @@ class Client:
 
     def __init__(self, url: str | None = None) -> None:
         """`url` wins over `MEDLEY_URL`. Raises `typer.BadParameter` for what is not an HTTP URL."""
-        settings = ClientSettings() if url is None else ClientSettings(url=url)
+        settings = ClientSettings.model_validate({} if url is None else {"url": url})
         self.url = settings.url.rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise typer.BadParameter(f"{self.url!r} is not an http:// or https:// URL", param_hint="--url")
@@ -55,7 +55,7 @@ class Client:
         *,
         params: dict[str, str | int | bool] | None = None,
         body: Json | None = None,
-        files: list[tuple[str, IO[bytes]]] | None = None,
+        files: Sequence[tuple[str, IO[bytes]]] | None = None,
     ) -> Any:
         """One call; its JSON answer, None for 204. `files` are sent as multipart parts named `files`, streamed.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from server.cli.client import Client, Url, task_path
+from server.cli.errors import CommandError
 
 
 def generate(
@@ -55,4 +56,7 @@ def _stdin() -> str:
     """All of stdin, without the line end that `echo` and editors add, as a shell's `$(…)` takes it."""
     if sys.stdin.isatty():
         print("reading the input from the terminal; Ctrl-D ends it", file=sys.stderr)
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -38,11 +38,7 @@ def push(
         version = upload(client, task, path, activate=activate)
         if description is not None:
             client.call("PUT", task_path(task), body={"description": description})
-    state = "active" if version["active"] else "not active"
-    print(
-        f"{version['task']}@{version['version']}, {state}: {version['method']}, "
-        f"{version['parameters']:,} parameters, {decimal(version['bytes'])}"
-    )
+    announce(version)
 
 
 def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
@@ -55,12 +51,19 @@ def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
     with ExitStack() as stack:
         progress = stack.enter_context(_progress(sum(path.stat().st_size for path in paths)))
         files = [(path.name, stack.enter_context(progress.open(path, "rb", description=path.name))) for path in paths]
-        version: Json = client.call(
-            "POST", task_path(task, "versions"), params={"activate": activate}, files=files
-        )
+        version: Json = client.call("POST", task_path(task, "versions"), params={"activate": activate}, files=files)
     for warning in version.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)
     return version
+
+
+def announce(version: Json) -> None:
+    """One line on stdout for a version that was uploaded."""
+    state = "active" if version["active"] else "not active"
+    print(
+        f"{version['task']}@{version['version']}, {state}: {version['method']}, "
+        f"{version['parameters']:,} parameters, {decimal(version['bytes'])}"
+    )
 
 
 def _adapter_files(folder: Path) -> list[Path]:

@@ -142,7 +142,7 @@ class Engine:
         """Refuse what can never run; else queue it."""
         request = sequence.request
         longest = sequence.num_tokens + request.sampling.max_tokens
-        pages = self.scheduler.pages_needed(sequence.spans, longest)
+        pages = self.scheduler.pages_needed(sequence, longest)
         error = None
         if longest > self.base.max_model_len:
             error = f"the model's length is {self.base.max_model_len}"

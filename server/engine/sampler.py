@@ -18,10 +18,12 @@ from torch import Tensor
 from server.engine.protocol import Sampling, TokenLogprobs
 from server.engine.sequence import Sequence
 
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # a smaller one would be 0 or lose precision in float32
+
 
 @dataclass(frozen=True)
 class Choice:
-    """What a row gives. `token` is None where the logits were not finite."""
+    """What a row gives. `token` is None where the logits, or what the request's settings make of them, are not finite."""
 
     token: int | None
     logprobs: TokenLogprobs | None
@@ -46,6 +48,7 @@ class Sampler:
         for ok, sequence, row in zip(finite, sequences, logits, strict=True):
             if ok:
                 self._adjust(sequence, row)
+        finite = torch.isfinite(logits.amax(-1)).tolist()  # extreme penalties may leave the range too
         tokens = logits.argmax(-1)
         drawn = [index for index, ok in enumerate(finite) if ok and sequences[index].sampling.temperature > 0]
         if drawn:
@@ -97,7 +100,8 @@ def log_probabilities(row: Tensor, top: int) -> LogprobTable:
 def _draw(sequences: list[Sequence], logits: Tensor) -> Tensor:
     """One token per row `[rows]` from the filtered distributions."""
     samplings = [sequence.sampling for sequence in sequences]
-    logits /= _column([sampling.temperature for sampling in samplings], logits)
+    logits -= logits.amax(-1, keepdim=True)  # so that no temperature, however small, makes the best one infinite
+    logits /= _column([sampling.temperature for sampling in samplings], logits).clamp_min(_LEAST_TEMPERATURE)
     _filter(samplings, logits)
     mass = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     uniform = _column([noise(s.sampling.seed, s.request.choice, len(s.output)) for s in sequences], mass)
@@ -115,7 +119,7 @@ def _filter(samplings: list[Sampling], logits: Tensor) -> None:
         logits[rows] = chosen.masked_fill(probabilities < least, -torch.inf)
     rows = [index for index, sampling in enumerate(samplings) if sampling.top_k > 0 or sampling.top_p < 1]
     if rows:
-        ordered, order = logits[rows].sort(-1, descending=True)
+        ordered, order = logits[rows].sort(dim=-1, descending=True, stable=True)  # ties fall alike in every batch
         ranks = torch.arange(ordered.shape[-1], device=logits.device)
         most = [samplings[row].top_k or ordered.shape[-1] for row in rows]
         ordered = ordered.masked_fill(ranks >= _column(most, ranks), -torch.inf)

@@ -98,11 +98,11 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def pages_needed(self, spans: tuple[Span, ...], num_tokens: int) -> int:
-        """Pages that a sequence of `num_tokens` positions takes when it is alone, its prefix's counted."""
+    def pages_needed(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages that a sequence takes when it is alone and has `num_tokens` positions, its prefix's counted."""
         size = self.pages.page_size
-        virtual = spans[-1].stop if spans else 0
-        return pages_for(virtual, size) + pages_for(num_tokens - virtual // size * size, size)
+        prefix = pages_for(sequence.num_virtual, size) if sequence.num_prefix > 0 else 0
+        return prefix + pages_for(num_tokens, size) - max(sequence.num_prefix, 0) // size
 
     def schedule(self) -> Schedule:
         """Choose the next step's rows; counts them as computed."""

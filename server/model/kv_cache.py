@@ -37,10 +37,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate everything at once, zeroed; the cache never grows."""
+        """Allocate everything at once; the cache never grows. Pages are zeroed as they are handed out (`zero`), not
+        here: touching gigabytes would be most of a start."""
         self.page_size = page_size
         self.num_pages = num_pages
-        self.layers = [torch.zeros(2, num_pages, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.layers = [torch.empty(2, num_pages, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
 
     @staticmethod
     def page_bytes(shapes: Sequence[LayerShape], page_size: int, dtype: torch.dtype) -> int:

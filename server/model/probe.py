@@ -139,6 +139,7 @@ def _packed_logits(model: PreTrainedModel, sequences: list[Tensor], shapes: list
         dtype=model.get_input_embeddings().weight.dtype,
         device=device,
     )
+    cache.zero(range(cache.num_pages))
     tables = torch.arange(1, cache.num_pages, device=device).view(len(sequences), pages)
     logits: list[list[Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)

@@ -60,6 +60,7 @@ def multiplied(source: Path, target: Path, factor: float) -> Path:
 @pytest.fixture
 def overflowing(tasks: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     """Adapters of finite values whose answers are not finite."""
+    factors = {"lora": 1e37, "ia3": 1e38, "prefix": 2e38}
     return {
-        name: multiplied(tasks[name], tmp_path / f"overflowing-{name}", 1e37) for name in ("lora", "ia3", "prefix")
+        name: multiplied(tasks[name], tmp_path / f"overflowing-{name}", factor) for name, factor in factors.items()
     }

@@ -14,6 +14,11 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def example(**fields: Any) -> ConfigDict:
+    """What the OpenAPI document shows for a body; pydantic adds it to the configuration above."""
+    return ConfigDict(json_schema_extra={"example": fields})
+
+
 def harmless(*values: Any) -> AfterValidator:
     """Accept null and these values; any other asks for a feature that the server does not have."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, StreamOptions, User, harmless
+from server.api.schemas.body import Body, StreamOptions, User, example, harmless
 from server.api.schemas.sampling import MAX_LOGPROBS, SamplingFields
 
 MAX_MESSAGES = 4096
@@ -19,10 +19,13 @@ def _text_of(content: Any) -> Any:
         return content
     if content is None:
         return ""
-    parts = content if isinstance(content, list) else [None]
-    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+    if not isinstance(content, list) or not all(_is_text_part(part) for part in content):
         raise PydanticCustomError("unsupported", "a string or a list of text parts is wanted; only text is supported")
-    return "".join(part["text"] for part in parts)
+    return "".join(part["text"] for part in content)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 class Message(Body):
@@ -44,6 +47,10 @@ class Message(Body):
 
 class ChatBody(SamplingFields):
     """OpenAI's fields, and extensions named as vLLM names them."""
+
+    model_config = example(
+        model="sentiment", messages=[{"role": "user", "content": "The food was cold."}], max_tokens=4
+    )
 
     model: str = Field(description="the base's id, a task, or task@N")
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import StreamOptions, User, harmless
+from server.api.schemas.body import StreamOptions, User, example, harmless
 from server.api.schemas.sampling import MAX_LOGPROBS, SamplingFields
 
 _ONE_PROMPT = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]
@@ -36,6 +36,8 @@ Prompts = Annotated[
 
 class CompletionBody(SamplingFields):
     """OpenAI's fields, and extensions named as vLLM names them."""
+
+    model_config = example(model="sentiment", prompt="The food was cold.", max_tokens=4, temperature=0, stop="\n")
 
     model: str = Field(description="the base's id, a task, or task@N")
     prompt: Prompts

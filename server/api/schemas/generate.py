@@ -7,12 +7,14 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, User
+from server.api.schemas.body import Body, User, example
 from server.api.schemas.sampling import SamplingFields
 
 
 class GenerateBody(SamplingFields):
     """An input for a task: `input` and/or `inputs` for its template, or the prompt's token ids."""
+
+    model_config = example(input="The food was cold.", max_tokens=4, temperature=0)
 
     input: str | None = Field(None, description="the prompt itself where the task has no template")
     inputs: dict[str, Any] | None = Field(None, description="named values for the task's template")
@@ -32,12 +34,18 @@ class GenerateBody(SamplingFields):
 class BatchItem(GenerateBody):
     """One request of a batch."""
 
+    model_config = example(task="sentiment", input="The food was cold.", max_tokens=4)
+
     task: str = Field(description="a task or task@N")
     stream: None = None
 
 
 class BatchBody(Body):
     """Requests for any tasks; each has its own result or error."""
+
+    model_config = example(
+        requests=[{"task": "sentiment", "input": "The food was cold."}, {"task": "translate@2", "input": "Good day"}]
+    )
 
     requests: Annotated[
         list[Any],  # each is checked as a `BatchItem`, so that a wrong one fails alone

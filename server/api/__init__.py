@@ -1,0 +1,9 @@
+"""The HTTP side: schemas, routes, text, streams, errors. It knows no torch."""
+
+from server.api.app import create_app
+from server.api.last_used import LastUsed
+from server.api.metrics import Metrics
+from server.api.publish import publish_folder, put_settings
+from server.api.services import Services
+
+__all__ = ["LastUsed", "Metrics", "Services", "create_app", "publish_folder", "put_settings"]

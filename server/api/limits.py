@@ -1,0 +1,19 @@
+"""How much one HTTP request may ask for."""
+
+from __future__ import annotations
+
+from server.errors import RequestError
+from server.settings import Settings
+
+
+def check_counts(settings: Settings, *, prompts: int = 1, n: int = 1) -> None:
+    """Refuse more prompts, choices or sequences than the server takes at once."""
+    if prompts > settings.max_batch_requests:
+        message = f"prompt: {prompts} prompts are more than the {settings.max_batch_requests} that one request may have"
+        raise RequestError("invalid_request", message, "prompt")
+    if n > settings.max_choices:
+        message = f"n: {n} choices are more than the {settings.max_choices} that one request may have"
+        raise RequestError("invalid_request", message, "n")
+    if prompts * n > settings.max_queue:
+        message = f"n: {prompts} prompts × {n} choices are more than the {settings.max_queue} places of the queue"
+        raise RequestError("invalid_request", message, "n")

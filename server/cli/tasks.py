@@ -1,0 +1,127 @@
+"""The commands on tasks: `tasks`, `show`, `activate`, `rollback`, `delete`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+
+from server.cli.client import Client, Json, Url, task_path
+from server.cli.errors import CommandError
+from server.cli.table import ago, print_table
+
+_PAGE = 500
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="Task id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's JSON, for scripts.")]
+
+
+def tasks(as_json: AsJson = False, url: Url = None) -> None:
+    """List all tasks with their active versions."""
+    with Client(url) as client:
+        listed = list(_all_tasks(client))
+    if as_json:
+        print(json.dumps(listed, indent=2))
+        return
+    rows = [
+        [
+            task["task"],
+            task["active"],
+            ", ".join(task["methods"]),
+            decimal(task["bytes"]),
+            ago(task["last_used"]),
+            task["description"],
+        ]
+        for task in listed
+    ]
+    print_table(["task", "active", "method", "size", "last used", "description"], rows)
+
+
+def show(task: TaskName, as_json: AsJson = False, url: Url = None) -> None:
+    """Show a task's settings and versions."""
+    with Client(url) as client:
+        record: Json = client.call("GET", task_path(task))
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    settings = [
+        ["description", record["description"]],
+        ["template", record["template"]],
+        ["defaults", json.dumps(record["defaults"])],
+        ["labels", json.dumps(record["labels"])],
+        ["active", record["active"]],
+        ["last used", ago(record["last_used"])],
+    ]
+    versions = [
+        [
+            version["version"],
+            _state(version),
+            version["method"],
+            f"{version['parameters']:,}",
+            decimal(version["bytes"]),
+            ago(version["created"]),
+        ]
+        for version in record["versions"]
+    ]
+    print_table(["task", record["task"]], settings)
+    print()
+    print_table(["version", "state", "method", "parameters", "size", "created"], versions)
+
+
+def activate(
+    task: TaskName,
+    version: Annotated[int, typer.Argument(min=1, help="Version to answer with from now on.")],
+    url: Url = None,
+) -> None:
+    """Switch a task to a version; requests under way end on the one that they began with."""
+    with Client(url) as client:
+        _switch(client, task, version)
+
+
+def rollback(task: TaskName, url: Url = None) -> None:
+    """Switch a task back to the version that was active before."""
+    with Client(url) as client:
+        previous = client.call("GET", task_path(task))["previous"]
+        if previous is None:
+            raise CommandError(
+                f"no version of '{task}' was active before this one; choose one with `medley show {task}` and "
+                f"`medley activate {task} VERSION`"
+            )
+        _switch(client, task, previous)
+
+
+def delete(
+    task: TaskName,
+    version: Annotated[int | None, typer.Option(min=1, help="Delete this version alone.")] = None,
+    url: Url = None,
+) -> None:
+    """Delete a task with all its versions, or one version that is not active."""
+    path = task_path(task) if version is None else task_path(task, "versions", str(version))
+    with Client(url) as client:
+        client.call("DELETE", path)
+    print(f"deleted {task}" if version is None else f"deleted {task}@{version}")
+
+
+def _all_tasks(client: Client) -> Iterator[Json]:
+    params: dict[str, str | int | bool] = {"limit": _PAGE}
+    has_more = True
+    while has_more:
+        page: Json = client.call("GET", "/v1/tasks", params=params)
+        yield from page["data"]
+        has_more = page["has_more"]
+        if page["data"]:
+            params["after"] = page["data"][-1]["task"]
+
+
+def _switch(client: Client, task: str, version: int) -> None:
+    client.call("PATCH", task_path(task), body={"active_version": version})
+    print(f"{task}@{version} is active")
+
+
+def _state(version: Json) -> str | None:
+    if not version["servable"]:
+        return "made for another base"
+    return "active" if version["active"] else None

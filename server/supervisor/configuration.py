@@ -1,0 +1,47 @@
+"""From the settings to what the engine is told: bytes for GiB, folders for names, the bundled base for no base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapters_store import DataFolder
+from server.engine.protocol import Configure
+from server.errors import StartupError
+from server.settings import GIB, Settings
+from server.supervisor.demo_tasks import demo_base
+
+
+def blobs_folder(settings: Settings, data: DataFolder) -> Path:
+    """Where the adapters' files are. Raises `StartupError` for a store that is no folder."""
+    if settings.store is None:
+        return data.blobs
+    if "://" in settings.store:
+        raise StartupError(f"--store {settings.store}: only a folder is supported; give its path")
+    return Path(settings.store).resolve()
+
+
+def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
+    """What the engine runs with. Raises `StartupError` where no base is given and none is bundled."""
+    model = str(demo_base()) if settings.model is None else settings.model
+    kv_cache = settings.kv_cache_memory
+    return Configure(
+        model=model,
+        base_id=base_id(model),
+        device=settings.device,
+        dtype=settings.dtype,
+        max_seqs=settings.max_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=None if kv_cache is None else int(kv_cache * GIB),
+        adapter_bytes=int(settings.adapter_memory * GIB),
+        page_size=settings.page_size,
+        max_queue=settings.max_queue,
+        blobs=str(blobs_folder(settings, data)),
+        cache=str(data.cache),
+    )
+
+
+def base_id(model: str) -> str:
+    """The id that clients use: a folder's last name, or the hub id."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model

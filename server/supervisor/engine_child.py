@@ -1,0 +1,95 @@
+"""The engine process as a child: spawned on one end of a socket pair, watched, stopped.
+
+It ends with this process: it sees the end of its socket, and on Linux the kernel kills it, also while it still
+loads. What it says is `EngineClient`'s matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+import structlog
+
+from server.engine.client import EngineClient, StepHook
+from server.engine.protocol import BaseFacts, Configure
+
+STOP_SECONDS = 10.0  # for the step under way
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+_log = structlog.get_logger(__name__)
+
+
+class EngineChild:
+    """One engine process and the client that speaks to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], client: EngineClient, configure: Configure) -> None:
+        """Use `spawn`."""
+        self.client = client
+        self._process = process
+        self._ready = asyncio.create_task(client.start(configure), name="engine start")
+
+    @classmethod
+    async def spawn(cls, configure: Configure, on_step: StepHook) -> EngineChild:
+        """Start the process and send it its settings; it loads from now on. Call it from the main thread: the kernel
+        takes the death of the spawning thread for the parent's.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = _start_process(theirs.fileno())
+        return cls(process, await EngineClient.connect(ours, on_step), configure)
+
+    async def ready(self) -> BaseFacts:
+        """Wait until it steps. Raises `StartupError` with the engine's own words."""
+        return await asyncio.shield(self._ready)
+
+    async def ended(self) -> str:
+        """Wait for its end; why it ended, as far as that is known."""
+        words = await self.client.closed()
+        status = await asyncio.to_thread(self._process.wait)
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"the engine process {how}" + (f": {words}" if words else "")
+
+    async def stop(self) -> None:
+        """End it; what is open at its client ends with an error."""
+        await self.client.close()
+        await asyncio.wait([self._ready])
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            _log.warning("the engine did not stop by itself and is killed", seconds=STOP_SECONDS)
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+
+def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # -P: a folder `server` where the command was run is not ours
+        [sys.executable, "-P", "-m", "server.engine", str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno(),  # this process's stdout is for the line that it is ready
+        pass_fds=[descriptor],
+        start_new_session=True,
+        preexec_fn=_die_with_parent(),  # noqa: PLW1509 - it takes no lock: one system call
+    )
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What the child calls before exec; everything is looked up here, as little as possible happens after the fork."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request took hold
+            os._exit(1)
+
+    return ask_for_signal

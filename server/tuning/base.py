@@ -1,0 +1,40 @@
+"""Loads the base that an adapter is tuned for: its weights in float32, frozen, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from server.tuning.errors import TuneError
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it, `transformers` draws no progress bars and logs errors only."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base and tokenizer of a hub id or folder; on the GPU where there is one.
+
+    Raises `TuneError` where the model cannot be loaded.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise TuneError(f"model: {model} cannot be loaded: {error}") from error
+    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

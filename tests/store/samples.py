@@ -1,0 +1,40 @@
+"""Versions and files to publish, all different by their `text`; and bounded waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adapters_store import LocalBlobs, NewVersion, NewVersionFacts, RedisIndex, Version, publish_files
+from adapters_store.records import FileRecord
+
+FACTS = NewVersionFacts(method="prompt", parameters=64, bytes=300, virtual_tokens=4, base_fingerprint="base")
+
+
+def new_version(text: str, base: str = "base") -> NewVersion:
+    files = {"adapter_config.json": FileRecord("c" * 64, 10)}
+    return NewVersion(digest=text, method="lora", parameters=1, bytes=10, rank=2, files=files, base_fingerprint=base)
+
+
+def write_adapter(folder: Path, text: str, readme: str = "about") -> None:
+    (folder / "adapter_config.json").write_text(f'{{"text": "{text}"}}')
+    (folder / "adapter_model.safetensors").write_bytes(text.encode() * 100)
+    (folder / "README.md").write_text(readme)
+
+
+async def publish_text(
+    index: RedisIndex, blobs: LocalBlobs, task: str, text: str, *, readme: str = "about"
+) -> tuple[Version, bool]:
+    with blobs.staging() as folder:
+        write_adapter(folder, text, readme)
+        return await publish_files(index, blobs, task, folder, FACTS, activate=True)
+
+
+async def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Return once `holds`; the bound only ends a broken test."""
+    give_up = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < give_up, "it never came to hold"
+        await asyncio.sleep(0.01)

@@ -1,0 +1,99 @@
+"""Blobs: complete or absent, verified when read; staged files never outlive their upload."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters_store import FileRecord, LocalBlobs, StoreFull, VersionCorrupt
+
+
+def put(blobs: LocalBlobs, content: bytes) -> FileRecord:
+    with blobs.staging() as folder:
+        (folder / "file").write_bytes(content)
+        return blobs.put(folder / "file")
+
+
+def test_a_blob_is_named_by_its_content_and_read_back(blobs: LocalBlobs) -> None:
+    record = put(blobs, b"content")
+    assert record == FileRecord(hashlib.sha256(b"content").hexdigest(), 7)
+    assert blobs.read(record.sha256) == b"content"
+    assert blobs.exists(record.sha256)
+    assert put(blobs, b"content") == record
+    blobs.delete(record.sha256)
+    blobs.delete(record.sha256)
+    assert not blobs.exists(record.sha256)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_blob_is_refused_and_healed_by_putting_it_again(blobs: LocalBlobs, damage: str) -> None:
+    sha256 = put(blobs, b"content").sha256
+    path = blobs.path(sha256)
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(b"conTent" if damage == "flip" else b"conten")
+    with pytest.raises(VersionCorrupt) as corrupt:
+        blobs.read(sha256)
+    assert corrupt.value.sha256 == sha256
+    put(blobs, b"content")
+    assert blobs.read(sha256) == b"content"
+
+
+def staged(blobs_folder: Path) -> list[Path]:
+    return list((blobs_folder / "staging").rglob("*"))
+
+
+def test_staged_files_go_when_the_upload_ends_or_fails(blobs: LocalBlobs, tmp_path: Path) -> None:
+    def fail_while_staging() -> None:
+        with blobs.staging() as folder:
+            (folder / "file").write_bytes(b"x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_staging()
+    assert staged(tmp_path / "blobs") == []
+    put(blobs, b"content")
+    assert staged(tmp_path / "blobs") == []
+
+
+def test_a_sweep_removes_what_killed_processes_left_and_nothing_in_use(blobs: LocalBlobs, tmp_path: Path) -> None:
+    die = (
+        "import os, pathlib, signal, sys; from adapters_store.blobs import LocalBlobs\n"
+        "with LocalBlobs(pathlib.Path(sys.argv[1])).staging() as folder:\n"
+        "    (folder / 'file').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", die, str(tmp_path / "blobs")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(staged(tmp_path / "blobs")) == 3
+    with blobs.staging() as mine:
+        (mine / "file").write_bytes(b"y")
+        assert LocalBlobs(tmp_path / "blobs").sweep() == 1
+        assert (mine / "file").read_bytes() == b"y"
+    assert staged(tmp_path / "blobs") == []
+    assert blobs.sweep() == 0
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(blobs: LocalBlobs, tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        with blobs.staging() as folder:
+            (folder / "file").write_bytes(b"x")
+            with open("/dev/full", "wb", buffering=0) as full:  # any write to it fails as on a full disk
+                full.write(b"x")
+
+    with pytest.raises(StoreFull):
+        fill_the_disk()
+    assert staged(tmp_path / "blobs") == []
+
+
+def test_other_failures_of_the_disk_are_not_called_full(blobs: LocalBlobs) -> None:
+    with pytest.raises(OSError, match="I/O") as failure, blobs.staging():
+        raise OSError(errno.EIO, os.strerror(errno.EIO).replace("Input/output", "I/O"))
+    assert failure.value.errno == errno.EIO

@@ -1,0 +1,129 @@
+"""Less common states of Redis: slow, busy, its feed gone. The store says so, and goes on when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from adapters_store import PrivateRedis, RedisIndex, RedisNotStarted, StoreUnavailable, TaskDirectory
+from adapters_store.records import TaskSettings
+from tests.store.samples import eventually, new_version
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS_SCRIPT = "while redis.call('EXISTS', KEYS[1]) == 0 do end"  # but for SCRIPT KILL
+
+
+async def test_a_redis_that_does_not_answer_is_unavailable_and_followed_again_when_it_does(
+    own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters_store.connection.CALL_TIMEOUT", 0.3)
+    monkeypatch.setattr("adapters_store.directory.FEED_WAIT", 0.1)
+    index = await RedisIndex.connect(own_redis.url)
+    tasks = TaskDirectory(index)
+    await tasks.start()
+    await index.publish("t", new_version("a"), activate=True)
+    await eventually(lambda: tasks.get("t") is not None)
+    assert own_redis.pid is not None
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(StoreUnavailable):
+            await index.put_task("u", TaskSettings())
+        await eventually(lambda: not tasks.available)
+        assert (await tasks.resolve("t"))[1].number == 1
+        with pytest.raises(StoreUnavailable):
+            await tasks.resolve("unknown")
+    finally:
+        os.kill(own_redis.pid, signal.SIGCONT)
+    await eventually(lambda: tasks.available)
+    await index.publish("v", new_version("a"), activate=True)
+    await eventually(lambda: tasks.get("v") is not None)
+    await tasks.stop()
+    await index.close()
+
+
+async def test_a_redis_busy_with_a_script_is_unavailable_and_followed_again_when_it_ends(
+    own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters_store.connection.CALL_TIMEOUT", 0.3)
+    monkeypatch.setattr("adapters_store.directory.FEED_WAIT", 0.1)
+    index = await RedisIndex.connect(own_redis.url)
+    tasks = TaskDirectory(index)
+    await tasks.start()
+    with Redis.from_url(own_redis.url, socket_timeout=60) as busy, Redis.from_url(own_redis.url) as redis:
+        redis.config_set("lua-time-limit", 1)
+        script = asyncio.create_task(asyncio.to_thread(_run_until_killed, busy))
+        await eventually(lambda: not tasks.available)
+        for call in (index.put_task("t", TaskSettings()), index.list_versions("t")):
+            with pytest.raises(StoreUnavailable):
+                await call
+        redis.script_kill()
+        await script
+    await eventually(lambda: tasks.available)
+    await index.publish("t", new_version("a"), activate=True)
+    await eventually(lambda: tasks.get("t") is not None)
+    await tasks.stop()
+    await index.close()
+
+
+def _run_until_killed(redis: Redis) -> None:
+    with pytest.raises(Exception, match="killed"):
+        redis.eval(ENDLESS_SCRIPT, 1, "never")
+
+
+@pytest.mark.parametrize("loss", ["trimmed", "deleted"])
+async def test_a_feed_without_any_entry_is_begun_anew_and_followed(
+    index: RedisIndex, directory: TaskDirectory, redis_url: str, namespace: str, loss: str
+) -> None:
+    before = index.index_id
+    with Redis.from_url(redis_url) as redis:
+        if loss == "trimmed":
+            redis.xtrim(f"{namespace}:feed", maxlen=0, approximate=False)
+        else:
+            redis.delete(f"{namespace}:feed")
+        await eventually(lambda: redis.xlen(f"{namespace}:feed") == 1)  # begun by the directory's reload
+    await index.publish("t", new_version("a"), activate=True)
+    await eventually(lambda: directory.available and directory.get("t") is not None)
+    assert index.index_id == before, "the index itself was never lost"
+
+
+async def test_a_directory_remembers_a_bounded_number_of_old_versions(
+    index: RedisIndex, directory: TaskDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters_store.directory.REMEMBERED", 2)
+    for text in "abcd":
+        await index.publish("t", new_version(text), activate=True)
+    await directory.refresh(["t"])
+    await eventually(lambda: directory.get("t") is not None)
+    for number in (1, 2, 1, 3):  # 2 is now the one that was asked for longest ago
+        assert (await directory.resolve(f"t@{number}"))[1].number == number
+    asked: list[int] = []
+    get_version = index.get_version
+
+    async def noted(task: str, number: int) -> object:
+        asked.append(number)
+        return await get_version(task, number)
+
+    monkeypatch.setattr(index, "get_version", noted)
+    for number in (1, 3, 2):
+        assert (await directory.resolve(f"t@{number}"))[1].number == number
+    assert asked == [2]
+
+
+async def test_a_socket_place_that_another_user_made_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        server = PrivateRedis(tmp_path / ("long" * 30))
+        place = Path(server.url.removeprefix("unix://")).parent
+        place.symlink_to(tmp_path)
+        with pytest.raises(RedisNotStarted, match="TMPDIR"):
+            server.start()
+        assert server.poll() is None
