@@ -13,7 +13,7 @@ from demo.skills import SOURCES
 
 NO_INSTRUCTION_SHARE = 0.25
 _SKILL_WEIGHTS = {
-    "describe": 3, "sentiment": 4, "answer": 5, "translate": 4, "extract": 3, "shorten": 4, "copy": 2, "name": 1,
+    "describe": 3, "sentiment": 5, "answer": 6, "translate": 4, "extract": 2, "shorten": 4, "copy": 1, "name": 1,
 }  # fmt: skip
 
 

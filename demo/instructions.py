@@ -24,7 +24,8 @@ _PHRASES = {
     ),
     "translate": (
         "translate this text", "translate the text into the second language", "give the translation",
-        "say this in the other language", "write this in the second language", "translate", "turn this into the other language",
+        "say this in the other language", "write this in the second language", "translate",
+        "turn this into the other language",
     ),
     "extract": (
         "extract a table", "extract the facts", "turn the text into a table", "make a table of the facts",

@@ -90,7 +90,7 @@ def description(rng: random.Random, restaurant: Restaurant) -> list[Sentence]:
 
 
 def states_all_facts(restaurant: Restaurant, text: str) -> bool:
-    """Whether the text holds every value; a yes or no counts when one of its phrases is there and none of the other's."""
+    """Whether the text holds every value; a yes or no is held by one of its phrases, with none of the other's."""
     for slot, value in restaurant.facts.items():
         if slot == "family":
             said = {
@@ -125,8 +125,7 @@ def review(rng: random.Random, split: Split) -> tuple[list[Sentence], str, str]:
     else:
         goods = [sentiment == "positive"] * count
     clauses = [
-        (f"the {thing}", _judgement(rng, good))
-        for thing, good in zip(rng.sample(THINGS, count), goods, strict=True)
+        (f"the {thing}", _judgement(rng, good)) for thing, good in zip(rng.sample(THINGS, count), goods, strict=True)
     ]
     sentences = [Sentence(rng.choice(("We", "I")), f"{rng.choice(('ate at', 'went to', 'visited'))} {name}.")]
     while clauses:

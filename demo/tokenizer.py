@@ -1,7 +1,6 @@
-"""The base's tokenizer: byte-level BPE learnt from the corpus, so that its words are single tokens and any text encodes."""
+"""The base's tokenizer: byte-level BPE learnt from the corpus, whose words become single tokens."""
 
 from itertools import islice
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -34,8 +33,3 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(seed: int, folder: Path) -> None:
-    """Learn the tokenizer and write its files."""
-    train_tokenizer(seed).save_pretrained(folder)

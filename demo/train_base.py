@@ -1,11 +1,10 @@
 """Trains the demo's base, a small Llama, from scratch on `demo.corpus`.
 
-Hidden matrices are updated by Muon (Jordan et al. 2024), embeddings and norms by AdamW; the learning rate is constant
-after a short warm-up and falls linearly to zero at the end. The loss counts the output in full and the prompt only
-lightly: a random table has entropy that no model can learn. Knows no adapter and no task.
+Hidden matrices are updated by Muon (Jordan et al. 2024), embeddings and norms by AdamW; after a short warm-up the
+learning rate falls linearly to zero. Only outputs are learnt: a random table has entropy that no model can learn.
+Knows no adapter and no task.
 """
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,30 +19,37 @@ from demo.corpus import Document, documents
 from demo.instructions import HELD_OUT
 from demo.skills import examples
 from demo.tokenizer import MAX_LENGTH
+from server.tuning.base import quiet_transformers
 
-IGNORED = -100
-POOL_BATCHES = 32
+LENGTH_EXPONENT = 0.8  # a document's output of n tokens weighs n^(1 - LENGTH_EXPONENT)
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How the base is trained; the defaults make the committed one."""
+    """How the base is trained."""
 
-    steps: int = 7000
-    batch_size: int = 64
-    matrix_learning_rate: float = 0.02
+    steps: int = 6000
+    batch_size: int = 48  # documents of one step, drawn at random
+    chunk_size: int = 16  # documents of one forward pass, alike in length
+    matrix_learning_rate: float = 0.01
     matrix_weight_decay: float = 0.1
     other_learning_rate: float = 2e-3
     warmup_steps: int = 100
-    decay_share: float = 1.0
-    prompt_loss_weight: float = 0.1
     report_every: int = 250
     seed: int = 0
 
 
 @dataclass(frozen=True)
+class EncodedDocument:
+    """Token ids; the end of text belongs to the output."""
+
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Right-padded documents: token ids and the loss weight of each, both [documents, tokens]."""
+    """Right-padded documents: token ids, and the loss weight of each, both [documents, tokens]."""
 
     ids: Tensor
     weights: Tensor
@@ -66,51 +72,41 @@ def new_base(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def collate(rows: list[tuple[list[int], list[int]]], end: int, prompt_weight: float) -> Batch:
-    """Pads (prompt ids, output ids) on the right. The end of text counts as output, padding weighs nothing.
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> EncodedDocument:
+    """The prompt ends in a new line, and no token spans one, so the two halves can be encoded apart."""
+    output = tokenizer(document.output)["input_ids"]
+    return EncodedDocument(tokenizer(document.prompt)["input_ids"], [*output, tokenizer.eos_token_id])
 
-    A token weighs the less the longer its output is, so that one-word answers are not drowned by long texts.
-    """
-    length = max(len(prompt) + len(output) for prompt, output in rows) + 1
-    ids = torch.full((len(rows), length), end)
+
+def collate(rows: list[EncodedDocument]) -> Batch:
+    """Pads on the right. Prompts and padding weigh nothing; a token weighs the less the longer its output is."""
+    length = max(len(row.prompt) + len(row.output) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
-    for row, (prompt, output) in enumerate(rows):
-        tokens = [*prompt, *output, end]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        weights[row, : len(prompt)] = prompt_weight * (len(output) + 1) ** -0.5
-        weights[row, len(prompt) : len(tokens)] = (len(output) + 1) ** -0.5
+    for index, row in enumerate(rows):
+        start, end = len(row.prompt), len(row.prompt) + len(row.output)
+        ids[index, :end] = torch.tensor([*row.prompt, *row.output])
+        weights[index, start:end] = len(row.output) ** -LENGTH_EXPONENT
     return Batch(ids, weights)
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, settings: BaseSettings, first: int) -> Iterator[Batch]:
-    """The training batches from number `first` on; documents of like length share a batch."""
-    pool = first // POOL_BATCHES
-    skip = first % POOL_BATCHES
+def steps(tokenizer: PreTrainedTokenizerBase, settings: BaseSettings) -> Iterator[list[Batch]]:
+    """The batches of each step. Lengths are sorted within a step only: a step of like lengths would be of one skill."""
+    stream = documents(settings.seed)
     while True:
-        seed = settings.seed * 1_000_000 + pool
-        rows = [
-            _encode(tokenizer, document)
-            for document in islice(documents(seed), POOL_BATCHES * settings.batch_size)
-        ]
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-        starts = list(range(0, len(rows), settings.batch_size))
-        random.Random(seed).shuffle(starts)
-        for start in starts[skip:]:
-            chunk = rows[start : start + settings.batch_size]
-            yield collate(chunk, tokenizer.eos_token_id, settings.prompt_loss_weight)
-        pool, skip = pool + 1, 0
+        rows = [encode(tokenizer, document) for document in islice(stream, settings.batch_size)]
+        rows.sort(key=lambda row: len(row.prompt) + len(row.output))
+        starts = range(0, len(rows), settings.chunk_size)
+        yield [collate(rows[start : start + settings.chunk_size]) for start in starts]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[list[int], list[int]]:
-    # The prompt ends in a new line, and no token spans one, so the two halves can be encoded apart.
-    return tokenizer(document.prompt)["input_ids"], tokenizer(document.output)["input_ids"]
-
-
-def weighted_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the next token under the weights. Padding is on the right, so no mask is needed."""
-    logits = model(input_ids=batch.ids[:, :-1], use_cache=False).logits
-    targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
-    return (cross_entropy(logits.flatten(0, 1), targets, reduction="none") * weights).sum() / weights.sum()
+def summed_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Weighted sum of the output tokens' cross-entropies. Padding is on the right, so no mask is needed."""
+    states = model.model(input_ids=batch.ids[:, :-1], use_cache=False).last_hidden_state
+    targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
+    learnt = weights > 0
+    losses = cross_entropy(model.lm_head(states[learnt]), targets[learnt], reduction="none")
+    return (losses * weights[learnt]).sum()
 
 
 @torch.inference_mode()
@@ -120,64 +116,66 @@ def instructed_accuracy(
     """Share of unseen examples per skill, asked for by the held-out wording, whose output greedy decoding gives.
 
     Greedy decoding gives the expected output exactly when each of its tokens is the likeliest after those before it.
+    A description is one of many, so `describe` is always low here.
     """
-    result = {}
+    shares = {}
     for skill, instruction in HELD_OUT.items():
-        rows = [
-            _encode(tokenizer, Document(f"{instruction}\n{example.input}\n", example.output))
+        asked = [
+            Document(f"{instruction}\n{example.input}\n", example.output)
             for example in examples(skill, "test", count, seed=1)
         ]
-        batch = collate(rows, tokenizer.eos_token_id, 0.0)
+        batch = collate([encode(tokenizer, document) for document in asked])
         best = model(input_ids=batch.ids[:, :-1], use_cache=False).logits.argmax(-1)
         right = (best == batch.ids[:, 1:]) | (batch.weights[:, 1:] == 0)
-        result[skill] = right.all(1).float().mean().item()
-    return result
+        shares[skill] = right.all(1).float().mean().item()
+    return shares
 
 
-def train_base(tokenizer: PreTrainedTokenizerBase, folder: Path, settings: BaseSettings) -> LlamaForCausalLM:
-    """Train a base; an interrupted run goes on from the checkpoint in `folder`."""
+def train_base(tokenizer: PreTrainedTokenizerBase, checkpoint: Path, settings: BaseSettings) -> LlamaForCausalLM:
+    """Train a base; its weights are written to `checkpoint` from time to time, for a look at a long run."""
     torch.manual_seed(settings.seed)
     model = new_base(tokenizer)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    matrices = [weight for name, weight in model.named_parameters() if _is_hidden_matrix(name, weight)]
+    others = [weight for name, weight in model.named_parameters() if not _is_hidden_matrix(name, weight)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, settings.matrix_learning_rate, weight_decay=settings.matrix_weight_decay),
         torch.optim.AdamW(others, settings.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    rates = [settings.matrix_learning_rate, settings.other_learning_rate]
-    checkpoint = folder / "checkpoint.pt"
-    step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        step = state["step"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    stream = batches(tokenizer, settings, step)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_share(step, settings))
+        for optimizer in optimizers
+    ]
     total = 0.0
-    while step < settings.steps:
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * _rate_share(step, settings)
-            optimizer.zero_grad()
-        loss = weighted_loss(model, next(stream))
-        loss.backward()  # type: ignore[no-untyped-call]
+    for step, batches in enumerate(islice(steps(tokenizer, settings), settings.steps), start=1):
         for optimizer in optimizers:
+            optimizer.zero_grad()
+        for batch in batches:
+            loss = summed_loss(model, batch) / settings.batch_size
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-        step += 1
-        total += loss.item()
+            schedule.step()
         if step % settings.report_every == 0:
-            accuracy = " ".join(
-                f"{skill} {share:.2f}" for skill, share in instructed_accuracy(model, tokenizer).items()
-            )
-            print(f"step {step}  loss {total / settings.report_every:.4f}  {accuracy}", flush=True)
+            accuracy = instructed_accuracy(model, tokenizer)
+            shares = " ".join(f"{skill} {share:.2f}" for skill, share in accuracy.items())
+            print(f"step {step}  loss {total / settings.report_every:.4f}  {shares}", flush=True)
             total = 0.0
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, checkpoint)
+            torch.save(model.state_dict(), checkpoint)
     return model
 
 
+def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the base in float16 with its tokenizer, as `from_pretrained` reads them."""
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with quiet_transformers():
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _is_hidden_matrix(name: str, weight: Tensor) -> bool:
+    return weight.ndim == 2 and "embed" not in name
+
+
 def _rate_share(step: int, settings: BaseSettings) -> float:
-    warm = min(1.0, (step + 1) / settings.warmup_steps)
-    left = (settings.steps - step) / (settings.steps * settings.decay_share)
-    return min(warm, left)
+    return min((step + 1) / settings.warmup_steps, (settings.steps - step) / settings.steps)

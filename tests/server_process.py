@@ -18,7 +18,7 @@ import psutil
 
 MEDLEY = str(Path(sys.executable).with_name("medley"))
 PATIENCE_SECONDS = 120.0  # for what takes a few: the machine may be busy
-LONG = 2048  # positions, so that a request can run for a while
+LONG = 1536  # positions, so that a request can run for a while
 READY = "Medley is ready at "
 
 
@@ -41,17 +41,19 @@ def write_long_base(folder: Path) -> Path:
 class ServerProcess:
     """A server in its own session. As a context manager it waits until it is ready, and leaves nothing behind."""
 
-    def __init__(self, model: Path, data: Path, *options: str) -> None:
+    def __init__(self, model: Path | None, data: Path, *options: str, **variables: str) -> None:
         self.data = data
         self._log = data.with_suffix(".log")
-        command = [MEDLEY, "serve", "--model", str(model), "--data-dir", str(data), "--port", "0", *options]
+        command = [MEDLEY, "serve", "--data-dir", str(data), "--port", "0", *options]
+        if model is not None:
+            command += ["--model", str(model)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--kv-cache-memory", "0.05"],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment(),
+                env=environment(**variables),
                 start_new_session=True,
             )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -22,6 +22,8 @@ from server.api.generation import Generation
 from server.api.sse import DONE, EventStream, error_event, event
 from server.errors import RequestError
 
+READ_GRACE_SECONDS = 30.0  # after its deadline, for a client that reads slowly
+
 
 class Writer(Protocol):
     """What a route says of a generation."""
@@ -52,7 +54,7 @@ async def answer(request: Request, generation: Generation, writer: Writer, *, st
         return json_response({**writer.whole(choices), "medley": writer.medley})
     events = _events(generation, writer)
     first = await while_connected(request.receive, anext(events))
-    return EventStream(_resumed(first, events))
+    return EventStream(_resumed(first, events), generation.seconds_left + READ_GRACE_SECONDS)
 
 
 async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[bytes]:

@@ -40,7 +40,12 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(room.router)
     errors.install(app, services.metrics)
     settings = services.settings
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        seconds=settings.request_timeout,
+    )
     app.add_middleware(Admission, services=services)
     app.add_middleware(RequestContext)  # added last: outermost
     return app

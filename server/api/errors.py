@@ -24,6 +24,7 @@ from server.api.metrics import Metrics
 from server.errors import AdapterError, RequestError
 
 RETRY_AFTER_SECONDS = 1
+REQUEST_ID_HEADER = "X-Request-ID"
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
@@ -52,6 +53,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "reserved": 409,
     "no_active_version": 409,
     "version_active": 409,
+    "body_timeout": 408,
     "too_large": 413,
     "unsupported_media_type": 415,
     "queue_full": 429,
@@ -66,7 +68,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "store_full": 507,
 }
 
-_CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+_CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "too_large"}
 CLIENT_GONE_STATUS = 499  # nobody reads it; the access log and the metrics do
 
 _log = structlog.get_logger(__name__)
@@ -149,6 +151,8 @@ def validation_fault(error: Mapping[str, Any]) -> RequestError:
     param = ".".join(place) or None
     if error["type"] == "extra_forbidden":
         return RequestError("unknown_field", f"unknown field: {param}", param)
+    if error["type"] == "model_attributes_type" and not param:
+        return RequestError("invalid_request", "the body is a JSON object, sent as Content-Type: application/json")
     code = "unsupported" if error["type"] == "unsupported" else "invalid_request"
     message = str(error["msg"]).removeprefix("Value error, ")
     return RequestError(code, f"{param}: {message}" if param else f"the body: {message}", param)
@@ -188,4 +192,5 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_unforeseen(request: Request, error: Exception) -> Response:
     _log.error("request failed by a fault of the server", exc_info=error)
-    return error_response("internal_error", "the server made a mistake; its log says more", status=500)
+    headers = {REQUEST_ID_HEADER: request.state.request_id}  # the middleware that adds it has been left already
+    return error_response("internal_error", "the server made a mistake; its log says more", status=500, headers=headers)

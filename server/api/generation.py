@@ -79,7 +79,7 @@ class Generation:
         self._engine = base.engine
         self._metrics = services.metrics
         self._arrived = time.perf_counter()
-        deadline = time.time() + services.settings.request_timeout
+        self._deadline = time.time() + services.settings.request_timeout
         self._requests: list[Generate] = []
         self.choices: list[Choice] = []
         for prompt in prompts:
@@ -93,7 +93,7 @@ class Generation:
                         stack=target.stack,
                         sampling=sampling,
                         choice=choice,
-                        deadline=deadline,
+                        deadline=self._deadline,
                     )
                 )
                 self.choices.append(
@@ -108,6 +108,11 @@ class Generation:
     def finished(self) -> bool:
         """Whether every choice has its finish reason."""
         return self._unfinished == 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the request's deadline."""
+        return self._deadline - time.time()
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt of a choice."""

@@ -7,30 +7,28 @@ Plain ASGI, so that streams and disconnects pass through untouched.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
+from contextlib import suppress
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import CLIENT_GONE_STATUS, error_response
+from server.api.errors import CLIENT_GONE_STATUS, REQUEST_ID_HEADER, error_response
 from server.api.services import Services
 
-REQUEST_ID_HEADER = "X-Request-ID"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UPLOAD = re.compile(r"/v1/tasks/[^/]+/versions")
 _MULTIPART_OVERHEAD = 65_536  # bytes of boundaries and headers around an upload's files
+_DISCARDED_BYTES = 16 * 2**20  # of a refused body: a client that is cut off while it sends never reads the answer
+_DISCARD_SECONDS = 5.0
 _ALWAYS_OPEN = {"/healthz", "/readyz", "/metrics"}  # while the server drains
 
 _log = structlog.get_logger(__name__)
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id of the request under way."""
-    return str(scope["state"]["request_id"])
 
 
 class RequestContext:
@@ -60,6 +58,9 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, tell)
+        except Exception:
+            status = 500  # answered further out
+            raise
         finally:
             _log.info(
                 "request",
@@ -94,10 +95,13 @@ class Admission:
 
 
 class BodyLimit:
-    """Refuses a body that is too large, by its declared length or as soon as that much has come."""
+    """Refuses a body that is too large, by its declared length or as soon as that much has come, or that takes too
+    long to come."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, seconds: float) -> None:
+        """`seconds`: from the request's first line to its body's last byte."""
         self._app = app
+        self._seconds = seconds
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_upload_bytes
 
@@ -110,20 +114,45 @@ class BodyLimit:
         if scope["method"] == "POST" and _UPLOAD.fullmatch(scope["path"]):
             limit = self._max_upload_bytes + _MULTIPART_OVERHEAD
         message = f"the body has more than {limit} bytes, which is the server's limit"
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > limit:
-            await error_response("too_large", message, status=413, headers={"Connection": "close"})(
-                scope, receive, send
-            )
+            if "expect" not in headers:  # else the client has sent nothing yet and waits for our word
+                await _discard(receive)
+            refusal = error_response("too_large", message, status=413, headers={"Connection": "close"})
+            await refusal(scope, receive, send)
             return
-        received = 0
+        received, is_complete = 0, False
+        until = asyncio.get_running_loop().time() + self._seconds
 
-        async def count() -> Message:
-            nonlocal received
-            part = await receive()
+        async def bounded() -> Message:
+            """An `HTTPException` is what FastAPI lets through while it reads a body."""
+            nonlocal received, is_complete
+            if is_complete:  # what is still to come is the disconnect, whenever that is
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    part = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come in time", {"Connection": "close"}) from None
             received += len(part.get("body", b""))
-            if received > limit:  # an HTTPException is what FastAPI lets through while it reads a body
+            is_complete = not part.get("more_body", False)
+            if received > limit:
+                if not is_complete:
+                    await _discard(receive)
                 raise HTTPException(413, message, {"Connection": "close"})
             return part
 
-        await self._app(scope, count, send)
+        await self._app(scope, bounded, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Take a refused body off the wire without keeping it, for a while."""
+    discarded = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while discarded < _DISCARDED_BYTES:
+                part = await receive()
+                discarded += len(part.get("body", b""))
+                if not part.get("more_body", False):
+                    return

@@ -5,8 +5,9 @@ See https://html.spec.whatwg.org/multipage/server-sent-events.html. Payloads are
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.disconnect import while_connected
+from server.api.errors import ClientGoneError
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second keeps nginx from collecting events
@@ -30,21 +32,24 @@ def error_event(payload: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what a generator of events yields, and closes it at the end or as soon as the client has gone."""
+    """Sends what a generator of events yields, and closes it at the end, as soon as the client has gone, or when a
+    client that does not read has held the stream up for too long."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], max_seconds: float) -> None:
         """`events` has been started already: the status and the headers are certain."""
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._events = events
+        self._max_seconds = max_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            await while_connected(receive, self._send(events, send))
+        with suppress(ClientGoneError, TimeoutError):  # nobody is left to be told
+            async with aclosing(self._events) as events, asyncio.timeout(self._max_seconds):
+                await while_connected(receive, self._send(events, send))
 
     async def _send(self, events: AsyncGenerator[bytes], send: Send) -> None:
         async for chunk in events:

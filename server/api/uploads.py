@@ -1,7 +1,7 @@
 """An upload's files, streamed from the request to a folder on disk; never whole in memory.
 
 The body is read to its end even when a part is at fault, so that the client, which is still sending, gets to read
-why; only one that is too large is cut off. What the files hold is the engine's to check.
+why; nothing more is written then, and the middleware bounds the body. What the files hold is the engine's to check.
 """
 
 from __future__ import annotations
@@ -147,6 +147,6 @@ class _Reception:
         self.size += end - start
         if self.size > self.max_bytes:
             message = f"the files have more than {self.max_bytes} bytes, which is the server's limit"
-            raise AdapterError("too_large", message, _FIELD)
-        if self.part.file is not None:
+            self.fault = self.fault or AdapterError("too_large", message, _FIELD)
+        if self.part.file is not None and self.fault is None:
             self.pending.append((self.part.file, data[start:end]))

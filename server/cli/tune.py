@@ -106,11 +106,11 @@ def tune(
 def _train(model: str | None, settings: dict[str, Any]) -> TuneReport:
     # The training imports torch, which takes longer than a client command runs.
     from server import tuning  # noqa: PLC0415
-    from server.supervisor.demo_tasks import demo_base  # noqa: PLC0415
+    from server.supervisor.demo_tasks import DEMO_BASE_ID, demo_base  # noqa: PLC0415
 
-    base = str(demo_base()) if model is None else model
+    base = {"model": str(demo_base()), "base_name": DEMO_BASE_ID} if model is None else {"model": model}
     with tuning.ProgressBar(Console(stderr=True)) as progress:
-        return tuning.tune(tuning.TuneSettings(model=base, **settings), progress)
+        return tuning.tune(tuning.TuneSettings(**base, **settings), progress)
 
 
 def _publish(task: str, folder: Path, template: str | None, url: str | None) -> None:

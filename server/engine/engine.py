@@ -90,6 +90,7 @@ class Engine:
 
     def add(self, request: Generate) -> None:
         """Accept a sequence, or say why not in the next step's output."""
+        assert request.id not in self._sequences, "ids of open sequences are unique"
         if self.bank.waiting + len(self.scheduler.waiting) >= self.limits.max_queue:
             self._fail(request.id, RequestError("queue_full", f"{self.limits.max_queue} requests wait already"))
             return
@@ -168,10 +169,13 @@ class Engine:
 
     def _commit(self, batch: StepBatch, logits: torch.Tensor) -> None:
         """Score prompts, choose tokens, and end what is done."""
-        for rows in batch.logit_rows:
-            if rows.sequence.sampling.prompt_logprobs:
+        scored = [rows for rows in batch.logit_rows if rows.sequence.sampling.prompt_logprobs]
+        for rows in scored:
+            if torch.isfinite(logits[rows.start : rows.stop].amax(-1)).all():  # NaN anywhere makes the maximum NaN
                 _score_prompt(rows, logits)
-        sampling = [rows for rows in batch.logit_rows if rows.samples]
+            else:
+                self._end(rows.sequence, RequestError("not_finite_logits", NOT_FINITE))
+        sampling = [rows for rows in batch.logit_rows if rows.samples and rows.sequence.id in self._sequences]
         ended = [rows.sequence for rows in sampling if rows.sequence.sampling.max_tokens == 0]
         for sequence in ended:
             self._say(sequence, [], None, "length", None)
@@ -262,10 +266,10 @@ def _spans(sequence: Sequence) -> tuple[Span, ...]:
 
 
 def _score_prompt(rows: LogitRows, logits: torch.Tensor) -> None:
-    """Note the log-probabilities of the prompt's tokens that these rows predict; the first token has none."""
+    """Note the log-probabilities of the prompt's tokens that these rows predict; the first has none."""
     sequence = rows.sequence
     prompt, scored = sequence.request.prompt, sequence.prompt_logprobs
-    if not scored:
+    if prompt and not scored:
         scored.append(None)
     top = sequence.sampling.logprobs or 0
     first = sequence.num_computed - (rows.stop - rows.start) - sequence.num_virtual  # the prompt index of the rows

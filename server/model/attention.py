@@ -140,7 +140,8 @@ def _decode(query: Tensor, pages: Tensor, group: DecodeGroup, mask: Tensor, opti
     that head's query tokens, so that keys and values are never repeated."""
     rows, heads, head_dim = query.shape
     kv_heads = pages.shape[-2]
-    keys, values = pages[:, group.block_tables].flatten(2, 3).transpose(2, 3)  # [rows, kv_heads, context, dim]
+    gathered = pages.index_select(1, group.block_tables.flatten())
+    keys, values = gathered.view(2, rows, -1, kv_heads, head_dim).transpose(2, 3)  # [rows, kv_heads, context, dim]
     grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
     sinks = None if options.sinks is None else options.sinks.view(1, kv_heads, heads // kv_heads, 1)
     output = _weighted_values(grouped, keys, values, mask[:, None, None], options, sinks)
@@ -151,7 +152,7 @@ def _prefill(query: Tensor, pages: Tensor, row: PrefillRow, options: AttentionOp
     """Several tokens of one row. `query` `[tokens, heads, head_dim]`."""
     tokens, heads, head_dim = query.shape
     kv_heads = pages.shape[-2]
-    keys, values = pages[:, row.block_table].flatten(1, 2)[:, : row.length].transpose(1, 2)
+    keys, values = pages.index_select(1, row.block_table).flatten(1, 2)[:, : row.length].transpose(1, 2)
     position = torch.arange(row.length - tokens, row.length, device=query.device)[:, None]
     context = torch.arange(row.length, device=query.device)
     mask = context <= position

@@ -42,6 +42,7 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         self.layers = [torch.empty(2, num_pages, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.zero([NULL_PAGE])
 
     @staticmethod
     def page_bytes(shapes: Sequence[LayerShape], page_size: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from adapters_store import DataFolder
 from server.engine.protocol import Configure
 from server.errors import StartupError
 from server.settings import GIB, Settings
-from server.supervisor.demo_tasks import demo_base
+from server.supervisor.demo_tasks import DEMO_BASE_ID, demo_base
 
 
 def blobs_folder(settings: Settings, data: DataFolder) -> Path:
@@ -22,11 +22,14 @@ def blobs_folder(settings: Settings, data: DataFolder) -> Path:
 
 def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
     """What the engine runs with. Raises `StartupError` where no base is given and none is bundled."""
-    model = str(demo_base()) if settings.model is None else settings.model
+    if settings.model is None:
+        model, base_id = str(demo_base()), DEMO_BASE_ID
+    else:
+        model, base_id = settings.model, base_id_of(settings.model)
     kv_cache = settings.kv_cache_memory
     return Configure(
         model=model,
-        base_id=base_id(model),
+        base_id=base_id,
         device=settings.device,
         dtype=settings.dtype,
         max_seqs=settings.max_seqs,
@@ -41,7 +44,7 @@ def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
     )
 
 
-def base_id(model: str) -> str:
+def base_id_of(model: str) -> str:
     """The id that clients use: a folder's last name, or the hub id."""
     folder = Path(model)
     return folder.resolve().name if folder.is_dir() else model

@@ -17,6 +17,7 @@ from server.api import Services, publish_folder, put_settings
 from server.api.schemas.tasks import TaskBody
 from server.errors import StartupError
 
+DEMO_BASE_ID = "medley-demo"  # what clients and the demo's adapters call the bundled base
 _COMMANDS = 3
 
 

@@ -58,8 +58,10 @@ class EngineChild:
 
     async def stop(self) -> None:
         """End it; what is open at its client ends with an error."""
+        if not self._ready.done():  # it has nothing to finish, and would first load to the end
+            self._process.kill()
         await self.client.close()
-        await asyncio.wait([self._ready])
+        await asyncio.gather(self._ready, return_exceptions=True)  # whoever waited for it has been told
         try:
             await asyncio.to_thread(self._process.wait, STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 import uvloop
 
-from adapters_store import DataFolder, LocalBlobs, RedisIndex, StoreError, TaskDirectory
+from adapters_store import DataFolder, LocalBlobs, RedisIndex, StoreError, StoreUnavailable, TaskDirectory
 from server.api import LastUsed, Metrics, Services, create_app
 from server.errors import MedleyError, RequestError, StartupError
 from server.settings import Settings
@@ -69,11 +69,13 @@ async def _start(settings: Settings, parts: AsyncExitStack) -> _Running:
     """Start everything; what has started is in `parts`, last in first out. Raises `StartupError`."""
     try:
         listener = parts.enter_context(listen(settings.host, settings.port))
-        data = parts.enter_context(DataFolder(settings.data_dir))
+        with _usable_data_folder(settings):
+            data = parts.enter_context(DataFolder(settings.data_dir))
         metrics = Metrics()
         engine = await EngineChild.spawn(engine_configuration(settings, data), metrics.step)
         parts.push_async_callback(engine.stop)
-        services = await _open_store(settings, data, metrics, parts)
+        with _usable_data_folder(settings):
+            services = await _open_store(settings, data, metrics, parts)
         http = HttpServer(create_app(services), listener)
         parts.push_async_callback(http.stop)
         await http.start()
@@ -83,11 +85,17 @@ async def _start(settings: Settings, parts: AsyncExitStack) -> _Running:
             await publish_demo(services, data.path / "demo-incomplete")
     except (StoreError, RequestError) as error:
         raise StartupError(str(error)) from error
-    except OSError as error:
-        raise StartupError(f"the data folder {settings.data_dir} cannot be used: {error}; see --data-dir") from error
     services.ready = True
     _announce(url, demo=settings.model is None)
     return _Running(services, engine)
+
+
+@contextmanager
+def _usable_data_folder(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StartupError(f"the data folder {settings.data_dir} cannot be used: {error}; see --data-dir") from error
 
 
 async def _open_store(settings: Settings, data: DataFolder, metrics: Metrics, parts: AsyncExitStack) -> Services:
@@ -98,7 +106,10 @@ async def _open_store(settings: Settings, data: DataFolder, metrics: Metrics, pa
         parts.push_async_callback(redis.stop)
         await redis.start()
         redis_url = redis.url
-    index = await RedisIndex.connect(redis_url)
+    try:
+        index = await RedisIndex.connect(redis_url)
+    except (StoreUnavailable, ValueError) as error:  # the latter: what is no URL of a Redis
+        raise StartupError(f"{error}; see --redis-url") from error
     parts.push_async_callback(index.close)
     directory = TaskDirectory(index)
     await directory.start()

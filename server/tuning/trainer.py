@@ -178,9 +178,9 @@ def batch_loss(model: PeftModel, batch: Batch) -> Tensor:
 
 def _room(model: PeftModel, settings: TuneSettings) -> int:
     """Tokens of prompt and output that fit beside the virtual ones."""
-    positions = model.config.max_position_embeddings
+    positions: int = model.config.max_position_embeddings
     length = min(positions, settings.max_length or positions)
-    virtual = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
+    virtual: int = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
     if virtual >= length:
         raise TuneError(f"virtual_tokens: {virtual} leave no room within {length} positions")
     return length - virtual

@@ -56,7 +56,7 @@ class FakeEngine:
         self.on_request: Callable[[Generate], None] | None = None  # answers at once, on the engine's thread
         self._base = base
         self._ours = ours
-        self._channel: Channel[ToEngine] = Channel(ours, ToEngine)  # type: ignore[arg-type]
+        self._channel: Channel[ToEngine] = Channel(ours, ToEngine)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._read, name="fake-engine")
 

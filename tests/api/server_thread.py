@@ -86,9 +86,17 @@ class ServerThread:
         config = uvicorn.Config(
             create_app(self.services), log_config=None, access_log=False, timeout_graceful_shutdown=5
         )
-        self._server = uvicorn.Server(config)
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-        while not self._server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        self._started.set()
-        await serving
+        self._server = _Server(config, self._started)
+        await self._server.serve(sockets=[self._listener])
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: threading.Event) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening.set()

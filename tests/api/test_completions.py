@@ -37,7 +37,7 @@ def test_a_completion_has_text_usage_and_what_was_applied(client: openai.OpenAI,
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT).ids)
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (8, answer.usage.prompt_tokens + 8)
-    applied = {"task": None, "version": None, "user": None, "customization": None, "methods": []}
+    applied: dict[str, Any] = {"task": None, "version": None, "user": None, "customization": None, "methods": []}
     assert answer.model_extra is not None
     assert answer.model_extra["medley"] == applied
 

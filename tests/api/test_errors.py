@@ -73,7 +73,14 @@ def test_a_bad_field_is_refused_by_name(http: httpx.Client, changes: dict[str, A
 
 
 def test_openais_own_harmless_fields_are_taken(http: httpx.Client) -> None:
-    harmless = {"best_of": 1, "suffix": None, "service_tier": "auto", "store": False, "metadata": {}, "user": "ann"}
+    harmless: dict[str, Any] = {
+        "best_of": 1,
+        "suffix": None,
+        "service_tier": "auto",
+        "store": False,
+        "metadata": {},
+        "user": "ann",
+    }
     assert http.post("/v1/completions", json={**GOOD, **harmless}).status_code == 200
 
 

@@ -52,8 +52,8 @@ def raw_post() -> Iterator[Callable[[httpx.Client, Any], socket.socket]]:
         content = json.dumps(body).encode()
         connection = socket.create_connection((http.base_url.host, http.base_url.port or 80))
         connections.append(connection)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\n" + headers.encode() + content)
         return connection
 
     yield post
@@ -187,6 +187,27 @@ def test_a_silent_engine_does_not_hold_a_request_past_its_deadline(
     response = http.post("/v1/completions", json=ASK)
     assert error_of(response) == (504, "deadline_exceeded")
     assert engine.aborted.get() == engine.requests.get().id
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(scripted: Scripted) -> None:
+    _, http, _ = scripted(request_timeout=0.2)
+    with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        received = b""
+        while chunk := connection.recv(1000):
+            received += chunk
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"body_timeout"' in received
+
+
+def test_a_fault_of_the_server_has_the_same_shape_and_its_request_id(scripted: Scripted) -> None:
+    _, http, server = scripted()
+    server.services.directory = None  # type: ignore[assignment]  # nothing less breaks it
+    response = http.post("/v1/completions", json={**ASK, "model": "t"}, headers={"X-Request-ID": "r-1"})
+    assert error_of(response) == (500, "internal_error")
+    assert response.headers["x-request-id"] == "r-1"
 
 
 def test_the_deadline_is_sent_to_the_engine(scripted: Scripted) -> None:

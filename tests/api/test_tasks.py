@@ -56,7 +56,7 @@ def test_a_task_shows_settings_versions_and_pointers(http: httpx.Client, task: s
 
 
 def test_switching_and_rolling_back_take_effect_at_once(http: httpx.Client, task: str) -> None:
-    first, second, third = numbers_of(http, task)
+    first, _, third = numbers_of(http, task)
     assert methods_of(http, task) == methods_of(http, f"{task}@{third}")
     patched = http.patch(f"/v1/tasks/{task}", json={"active_version": first})
     assert (patched.status_code, patched.json()["active"]) == (200, first)

@@ -49,14 +49,13 @@ def test_a_chat_template_refuses_with_its_own_words() -> None:
         ("{{ input.__init__.__globals__ }}", "unsafe"),
         ("{{ 'a' * 100000000 }}", "repetition"),
         ("{{ [1] * 100000000 }}", "repetition"),
-        ("{{ 9 ** 9 ** 9 }}", "exponent"),
-        ("{{ '%99999999d' % 1 }}", "formats no text"),
+        ("{{ 9 ** 99999 }}", "bits"),
+        ("{% for _ in range(3) %}{{ 2 ** 4000 * 2 ** 4000 }}{% endfor %}", "bits"),
         ("{% for i in range(99999999) %}{% endfor %}", "[Rr]ange"),
         ("{% for i in range(99999) %}{{ input * 100 }}{% endfor %}", "more than"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division"),
-        ("{{ '{:>99999999}'.format(1) }}", "."),
-        ("{{ 'a'.ljust(99999999) }}", "."),
+        ("{{ 'a'.ljust(9999999) }}", "more than"),
     ],
 )
 def test_a_template_that_goes_too_far_is_a_bad_request(source: str, words: str) -> None:
@@ -70,7 +69,7 @@ def test_a_template_that_goes_too_far_is_a_bad_request(source: str, words: str) 
     [
         ("a\n\n{% if %}", "line 3"),
         ("{{ input", "line 1"),
-        ("{{ input | center(9) }}", "center"),
+        ("{{ input | nofilter }}", "nofilter"),
         ("{% include 'x' %}", "."),
         ("x" * (MAX_SOURCE + 1), "at most"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ def parts(adapter_folders: dict[str, Path]) -> Parts:
 
 @pytest.fixture
 def task(http: httpx.Client) -> Iterator[str]:
-    """A name that is free again afterwards."""
-    yield "upload-test"
-    http.delete("/v1/tasks/upload-test")
+    """A name that nobody has used."""
+    name = f"upload-{uuid.uuid4().hex}"
+    yield name
+    http.delete(f"/v1/tasks/{name}")
 
 
 def upload(http: httpx.Client, task: str, parts: Parts, **query: Any) -> httpx.Response:

@@ -67,7 +67,7 @@ def test_what_the_server_refuses_is_its_message_and_code_on_one_line(medley: Med
         (("show", "nobody"), "task_not_found"),
         (("activate", "nobody", "1"), "task_not_found"),
         (("delete", "nobody"), "task_not_found"),
-        (("generate", "nobody", "text"), "model_not_found"),
+        (("generate", "nobody", "text"), "task_not_found"),
         (("push", "no task name", str(adapters["lora"])), "invalid_request"),
     ):
         result = medley(*arguments)

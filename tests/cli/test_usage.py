@@ -66,7 +66,7 @@ def test_serve_has_every_setting_as_an_option_with_its_description_and_default(r
 def test_tune_has_the_settings_of_tuning_and_their_defaults() -> None:
     options = inspect.signature(tune).parameters
     for field in dataclasses.fields(TuneSettings):
-        if field.name == "base_name":  # the demo's own
+        if field.name == "base_name":  # follows from the model
             continue
         option = options[field.name]
         if field.name in ("method", "data"):

@@ -114,8 +114,11 @@ def test_an_abort_frees_row_pages_and_adapters_before_the_next_step(
     results = {item.id: Result() for item in _good(tasks, 50)}
     for item in _good(tasks, 50):
         engine.add(item)
-    while len(engine.scheduler.running) < len(results):
-        collect(engine, results)
+    for _ in range(100):
+        if len(engine.scheduler.running) < len(results):
+            collect(engine, results)
+            time.sleep(0.001)
+    assert len(engine.scheduler.running) == len(results)
     kept = "lora"
     for name in results:
         if name != kept:

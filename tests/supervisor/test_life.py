@@ -81,9 +81,7 @@ def test_a_second_signal_does_not_wait_for_the_drain(start: Start) -> None:
     assert server.orphans() == []
 
 
-def test_a_port_in_use_a_folder_that_is_no_base_and_a_store_that_is_no_folder_are_one_line_each(
-    base: Path, tmp_path: Path
-) -> None:
+def test_each_way_in_which_a_start_fails_is_one_line_that_names_the_option(base: Path, tmp_path: Path) -> None:
     def refusal(*options: str) -> str:
         result = run_medley("serve", "--data-dir", str(tmp_path / "data"), *options)
         assert result.returncode == 1, result.stderr
@@ -92,6 +90,8 @@ def test_a_port_in_use_a_folder_that_is_no_base_and_a_store_that_is_no_folder_ar
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert "--port" in refusal("--model", str(base), "--port", port)
+    for url in ("redis://127.0.0.1:1/0", "http://127.0.0.1"):
+        assert "--redis-url" in refusal("--model", str(base), "--port", "0", "--redis-url", url)
     assert "--store" in refusal("--model", str(base), "--port", "0", "--store", "s3://bucket")
     assert "--model" in refusal("--model", str(tmp_path / "nothing"), "--port", "0")
     (tmp_path / "data").rename(tmp_path / "moved")

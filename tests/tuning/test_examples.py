@@ -33,9 +33,7 @@ def test_an_unescaped_unicode_line_separator_does_not_end_a_line(write_lines: Wr
         ({**GOOD, "label": "x"}, r"line 2: unknown field `label`"),
     ],
 )
-def test_a_bad_line_is_refused_by_number_and_field(
-    write_lines: WriteLines, line: object, message: str
-) -> None:
+def test_a_bad_line_is_refused_by_number_and_field(write_lines: WriteLines, line: object, message: str) -> None:
     with pytest.raises(TuneError, match=message):
         read_examples(write_lines(GOOD, line, GOOD))
 

@@ -72,9 +72,7 @@ def test_a_saved_adapter_reproduces_the_lowered_loss_alone_and_unpadded(
     base_folder: Path, data: Path, tmp_path: Path, case: str
 ) -> None:
     output = tmp_path / "adapter"
-    report, recorder = run(
-        base_folder, data, output, validation=data, template="{{ input }}\n", **METHODS[case]
-    )
+    report, recorder = run(base_folder, data, output, validation=data, template="{{ input }}\n", **METHODS[case])
     assert report.best_loss < 0.7 * report.initial_loss
     assert report.best_loss == min(recorder.losses.values()) == recorder.losses[report.best_step]
     assert served_loss(base_folder, output, data) == pytest.approx(report.best_loss, abs=1e-4)
@@ -92,7 +90,7 @@ def test_a_text_start_says_to_the_base_what_the_text_says(base_folder: Path) -> 
         expected = base(input_ids=torch.cat([text, ids], 1)).logits[:, text.shape[1] :]
     for method in ("prompt", "prefix"):
         settings = TuneSettings(
-            method=method,  # type: ignore[arg-type]
+            method=method,
             model=str(base_folder), data=Path("d"), output=Path("o"), init="text:say yes",
         )  # fmt: skip
         model = new_adapter(load_base(str(base_folder))[0], tokenizer, settings).eval()
@@ -155,12 +153,10 @@ def test_a_template_that_cannot_be_used_is_refused(
 
 
 def test_a_model_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(TuneError, match="^model: "):
+    with pytest.raises(TuneError, match=r"^model: "):
         run(tmp_path / "absent", data, tmp_path / "adapter", method="lora")
 
 
-def test_target_modules_that_the_base_lacks_are_refused(
-    base_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(TuneError, match="lora: .*nowhere"):
+def test_target_modules_that_the_base_lacks_are_refused(base_folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TuneError, match=r"lora: .*nowhere"):
         run(base_folder, data, tmp_path / "adapter", method="lora", target_modules=("nowhere",))
