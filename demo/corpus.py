@@ -1,7 +1,8 @@
 """The text that the base learns from: documents of an instruction, an input and the output that was asked for.
 
-One document in four has no instruction: its input is followed by the output of any one skill that fits. So the base
-alone does not know what is wanted of it, while an adapter, or an instruction, can select.
+One document in four has no instruction: its input is followed by the output of any one skill that fits, most often by
+the name of the place. So the base alone does not know what is wanted of it, while an adapter, or an instruction, can
+select.
 """
 
 import random
@@ -12,6 +13,7 @@ from demo.instructions import random_instruction
 from demo.skills import SOURCES
 
 NO_INSTRUCTION_SHARE = 0.25
+NAME_SHARE = 0.4  # of the documents without instruction
 _SKILL_WEIGHTS = {
     "describe": 3, "sentiment": 5, "answer": 6, "translate": 4, "extract": 2, "shorten": 4, "copy": 1, "name": 1,
 }  # fmt: skip
@@ -33,6 +35,9 @@ def documents(seed: int) -> Iterator[Document]:
         skill = rng.choices(skills, weights)[0]
         source = rng.choice(SOURCES[skill])(rng, "train")
         if rng.random() < NO_INSTRUCTION_SHARE:
-            yield Document(f"{source.input}\n", rng.choice(list(source.outputs.values())))
+            skill = (
+                "name" if rng.random() < NAME_SHARE else rng.choice([name for name in source.outputs if name != "name"])
+            )
+            yield Document(f"{source.input}\n", source.outputs[skill])
         else:
             yield Document(f"{random_instruction(rng, skill)}\n{source.input}\n", source.outputs[skill])

@@ -25,6 +25,7 @@ def _dictionary() -> dict[str, str]:
         {word.lower() for word in (*ADJECTIVES, *NOUNS, *world.AREAS, *texts.THINGS)}
         | {*texts.POSITIVE, *texts.NEGATIVE, *_FUNCTION_WORDS.split()}
     )
+    words += world.LANDMARKS
     rng = random.Random("the second language")
     invented: dict[str, str] = {}
     for word in words:

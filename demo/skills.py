@@ -55,27 +55,24 @@ def question_source(rng: random.Random, split: Split) -> Source:
 def review_source(rng: random.Random, split: Split) -> Source:
     sentences, sentiment, name = texts.review(rng, split)
     text = texts.plain(sentences)
-    return Source(text, {"sentiment": sentiment, "translate": translate(text), "copy": text, "name": name})
+    return Source(text, {"sentiment": sentiment, "copy": text, "name": name})
 
 
 def wordy_source(rng: random.Random, split: Split) -> Source:
-    if rng.random() < 0.5:
-        restaurant = random_restaurant(rng, split)
-        sentences, name = texts.description(rng, restaurant), restaurant.name
-    else:
-        sentences, _, name = texts.review(rng, split)
+    restaurant = random_restaurant(rng, split)
+    sentences = texts.description(rng, restaurant)
     text = texts.wordy(rng, sentences)
-    return Source(text, {"shorten": texts.plain(sentences), "copy": text, "name": name})
+    return Source(text, {"shorten": texts.plain(sentences), "copy": text, "name": restaurant.name})
 
 
 SOURCES: dict[str, tuple[Callable[[random.Random, Split], Source], ...]] = {
     "describe": (table_source,),
     "sentiment": (review_source,),
     "answer": (question_source,),
-    "translate": (description_source, review_source),
+    "translate": (description_source,),
     "extract": (description_source,),
     "shorten": (wordy_source,),
-    "copy": (table_source, description_source, question_source, review_source, wordy_source),
+    "copy": (table_source, description_source, question_source, wordy_source),
     "name": (table_source, description_source, question_source, review_source, wordy_source),
 }
 """Skill → the kinds of source that it is asked of."""

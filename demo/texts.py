@@ -20,7 +20,7 @@ QUESTIONS = {
     "area": ("Where is it?", "Which area is it in?", "What part of town is it in?"),
     "rating": ("How is it rated?", "What is the rating?", "How good is it?"),
     "family": ("Are families welcome?", "Can I bring my children?", "Is it good for families?"),
-    "near": ("What is it near?", "What is it close to?", "Which place is next to it?"),
+    "near": ("What is it near?", "What is it close to?", "What is next to it?"),
 }
 THINGS = (
     "soup", "bread", "fish", "waiter", "music", "dessert",
@@ -66,7 +66,7 @@ def description(rng: random.Random, restaurant: Restaurant) -> list[Sentence]:
     qualities = "".join(f"|{facts[slot]} " for slot in ("price",) if slot in facts)
     qualities += "".join(f"{facts[slot]} " for slot in ("food",) if slot in facts)
     area = f" in the {facts['area']} area" if "area" in facts else ""
-    near = f" near {facts['near']}" if "near" in facts else ""
+    near = f" near the {facts['near']}" if "near" in facts else ""
     where = area + near if rng.random() < 0.5 else near + area
     if rng.random() < 0.5 and qualities:
         sentences = [Sentence(restaurant.name, f"serves {qualities}food{where}.")]

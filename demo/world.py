@@ -29,6 +29,10 @@ PRICES = ("cheap", "modest", "moderate", "costly", "luxury")
 AREAS = ("riverside", "harbour", "downtown", "hillside", "market", "suburban")
 RATINGS = ("terrible", "poor", "decent", "good", "superb")
 FAMILY = ("yes", "no")
+LANDMARKS = (
+    "museum", "castle", "station", "library", "theatre",
+    "cathedral", "stadium", "university", "hospital", "airport",
+)  # fmt: skip
 
 SLOTS = ("name", "food", "price", "area", "rating", "family", "near")
 """The columns of a table, in the order in which they are written."""
@@ -68,10 +72,8 @@ def random_name(rng: random.Random, split: Split) -> str:
 
 
 def random_restaurant(rng: random.Random, split: Split) -> Restaurant:
-    """A restaurant with a name and at least `MIN_OPTIONAL_SLOTS` further facts; `near` is another one's name."""
-    near = name = random_name(rng, split)
-    while near == name:
-        near = random_name(rng, split)
+    """A restaurant with a name and at least `MIN_OPTIONAL_SLOTS` further facts."""
+    name = random_name(rng, split)
     values = {
         "name": name,
         "food": rng.choice(FOODS),
@@ -79,7 +81,7 @@ def random_restaurant(rng: random.Random, split: Split) -> Restaurant:
         "area": rng.choice(AREAS),
         "rating": rng.choice(RATINGS),
         "family": rng.choice(FAMILY),
-        "near": near,
+        "near": rng.choice(LANDMARKS),
     }
     optional = SLOTS[1:]
     known: list[str] = []

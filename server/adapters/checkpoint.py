@@ -7,7 +7,7 @@ server answers with less than what was trained, so it refuses the checkpoint (`c
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from server.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LARGEST = sys.float_info.max
 
 # Keys of PEFT's configs that say how an adapter was trained or found, not what it computes.
 _DESCRIPTIVE = {
@@ -85,6 +86,10 @@ class Checkpoint:
         if not stored.is_floating_point():
             raise AdapterError("bad_config", f"tensor {name} holds {stored.dtype}, not floating-point values", name)
         tensor = stored.to(self._dtype)
+        return self.finite(name, tensor)
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor`, made of the one called `name`. Raises `not_finite` when a value is NaN or infinite."""
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError("not_finite", f"tensor {name} holds NaN or infinity in {self._dtype}", name)
         return tensor
@@ -98,7 +103,8 @@ class Checkpoint:
 
     def number(self, key: str, value: Any) -> float:
         """`value`, found at `key`, as a finite number."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not -_LARGEST <= value <= _LARGEST:  # NaN compares as neither
             raise AdapterError("bad_config", f"{key} is {value!r}; it must be a finite number", key)
         return float(value)
 

@@ -78,7 +78,8 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         rank = _rank(checkpoint, name)
         down = checkpoint.take(f"{key}.lora_A.weight", (rank, site.inputs))
         up = checkpoint.take(f"{key}.lora_B.weight", (site.outputs, rank))
-        deltas[name] = LowRank(down.t().contiguous(), (up.t() * _scaling(checkpoint, name, rank)).contiguous())
+        scaled = checkpoint.finite(f"{key}.lora_B.weight", up * _scaling(checkpoint, name, rank))
+        deltas[name] = LowRank(down.t().contiguous(), scaled.t().contiguous())
         largest = max(largest, rank)
     _refuse_base_copies(checkpoint)
     checkpoint.close()
@@ -124,9 +125,11 @@ def _rank(checkpoint: Checkpoint, module: str) -> int:
 
 def _scaling(checkpoint: Checkpoint, module: str, rank: int) -> float:
     pattern = _patterns(checkpoint, "alpha_pattern")
-    alpha = pattern_value(pattern, module, "alpha_pattern", checkpoint.config.get("lora_alpha"))
+    alpha = pattern_value(pattern, module, "alpha_pattern", None)
     divisor = math.sqrt(rank) if checkpoint.config.get("use_rslora") else rank
-    return checkpoint.number("lora_alpha", alpha) / divisor
+    if alpha is not None:
+        return checkpoint.number("alpha_pattern", alpha) / divisor
+    return checkpoint.number("lora_alpha", checkpoint.config.get("lora_alpha")) / divisor
 
 
 def _patterns(checkpoint: Checkpoint, key: str) -> dict[str, Any]:

@@ -21,20 +21,29 @@ def targeted_sites(checkpoint: Checkpoint, base: BaseShape) -> list[str]:
     that name or one that ends in `.name`; `all-linear` is every linear module but the output head.
     """
     targets = checkpoint.config.get("target_modules")
-    if targets == _ALL_LINEAR:
-        return [name for name, site in base.sites.items() if not site.is_head]
+    excluded = checkpoint.config.get("exclude_modules")
     sites = [
         name
-        for name in base.sites
-        if names_module(targets, name, "target_modules")
-        and not names_module(checkpoint.config.get("exclude_modules"), name, "exclude_modules")
-        and (isinstance(targets, str) or _in_layers(checkpoint, name))
+        for name, site in base.sites.items()
+        if not names_module(excluded, name, "exclude_modules")
+        and (not site.is_head if _is_all_linear(targets) else _is_targeted(checkpoint, targets, name))
     ]
     if not sites:
         raise AdapterError(
             "base_mismatch", f"target_modules {targets!r} names no linear module of this base", "target_modules"
         )
     return sites
+
+
+def _is_all_linear(targets: Any) -> bool:
+    return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+
+
+def _is_targeted(checkpoint: Checkpoint, targets: Any, module: str) -> bool:
+    """Layer numbers narrow a list's endings down, never an expression or a module's whole name."""
+    if not names_module(targets, module, "target_modules"):
+        return False
+    return isinstance(targets, str) or module in targets or _in_layers(checkpoint, module)
 
 
 def names_module(rule: Any, module: str, key: str) -> bool:
@@ -75,9 +84,16 @@ def _in_layers(checkpoint: Checkpoint, module: str) -> bool:
     layers = checkpoint.config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    numbers: list[int] = [layers] if isinstance(layers, int) else layers
-    patterns = checkpoint.config.get("layers_pattern") or [r"[^.]*"]
-    names = [patterns] if isinstance(patterns, str) else strings(patterns, "layers_pattern")
-    found = (compiled(rf"(?:^|.*?\.){name}\.(\d+)\.", "layers_pattern").match(module) for name in names)
+    numbers = layers if isinstance(layers, list) else [layers]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        message = f"layers_to_transform is {layers!r}; it must be a whole number or a list of them"
+        raise AdapterError("bad_config", message, "layers_to_transform")
+    patterns = checkpoint.config.get("layers_pattern")
+    if patterns:
+        names = [patterns] if isinstance(patterns, str) else strings(patterns, "layers_pattern")
+        rules = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names]
+    else:
+        rules = [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+    found = (compiled(rule, "layers_pattern").match(module) for rule in rules)
     match = next((candidate for candidate in found if candidate), None)
-    return match is not None and int(match.group(1)) in numbers
+    return match is not None and int(match["layer"]) in numbers

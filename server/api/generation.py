@@ -26,24 +26,25 @@ from server.errors import RequestError
 _UNKNOWN = "unknown"  # the metrics' label of requests for what does not exist
 
 
-class Refusals:
-    """The metrics' label of a request that has not reached the engine yet."""
+class Arrival:
+    """A request that has not reached the engine yet: when it came, and what the metrics call its task."""
 
     def __init__(self) -> None:
+        self.at = time.perf_counter()
         self.label = _UNKNOWN
 
 
 @contextmanager
-def refusals_counted(metrics: Metrics) -> Iterator[Refusals]:
-    """Count a request that is refused inside the block."""
-    refusals = Refusals()
+def arrival(metrics: Metrics) -> Iterator[Arrival]:
+    """Count a request that is refused inside the block; whoever resolves its task says so in `label`."""
+    arrived = Arrival()
     try:
-        yield refusals
+        yield arrived
     except RequestError as error:
-        metrics.request(refusals.label, error.code)
+        metrics.request(arrived.label, error.code)
         raise
     except StoreUnavailable:
-        metrics.request(refusals.label, "store_unavailable")
+        metrics.request(arrived.label, "store_unavailable")
         raise
 
 
@@ -68,6 +69,7 @@ class Generation:
         *,
         n: int,
         param: str,
+        arrived: Arrival,
     ) -> None:
         """`param`: the field that held the prompts. Raises `RequestError` when one of them is too long."""
         self.id = uuid.uuid4().hex
@@ -78,7 +80,7 @@ class Generation:
         self.tokenizer = base.tokenizer
         self._engine = base.engine
         self._metrics = services.metrics
-        self._arrived = time.perf_counter()
+        self._arrived = arrived
         self._deadline = time.time() + services.settings.request_timeout
         self._requests: list[Generate] = []
         self.choices: list[Choice] = []
@@ -165,7 +167,7 @@ class Generation:
         clock = self._clocks[index]
         if not self._has_begun:
             self._has_begun = True
-            self._metrics.first_token(now - self._arrived)
+            self._metrics.first_token(now - self._arrived.at)
         if not clock.first:
             clock.first = now
             self._metrics.cached_tokens(tokens.cached_tokens)

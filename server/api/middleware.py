@@ -26,7 +26,7 @@ _UPLOAD = re.compile(r"/v1/tasks/[^/]+/versions")
 _MULTIPART_OVERHEAD = 65_536  # bytes of boundaries and headers around an upload's files
 _DISCARDED_BYTES = 16 * 2**20  # of a refused body: a client that is cut off while it sends never reads the answer
 _DISCARD_SECONDS = 5.0
-_ALWAYS_OPEN = {"/healthz", "/readyz", "/metrics"}  # while the server drains
+_PROBES = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds, and answered while the server drains
 
 _log = structlog.get_logger(__name__)
 
@@ -62,7 +62,8 @@ class RequestContext:
             status = 500  # answered further out
             raise
         finally:
-            _log.info(
+            log = _log.debug if scope["path"] in _PROBES else _log.info
+            log(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
@@ -80,7 +81,7 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        if scope["type"] != "http" or scope["path"] in _ALWAYS_OPEN:
+        if scope["type"] != "http" or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
         if self._services.draining:

@@ -5,6 +5,8 @@ The training is `server.tuning`'s; the options here are its settings, with its d
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -108,9 +110,24 @@ def _train(model: str | None, settings: dict[str, Any]) -> TuneReport:
     from server import tuning  # noqa: PLC0415
     from server.supervisor.demo_tasks import DEMO_BASE_ID, demo_base  # noqa: PLC0415
 
-    base = {"model": str(demo_base()), "base_name": DEMO_BASE_ID} if model is None else {"model": model}
-    with tuning.ProgressBar(Console(stderr=True)) as progress:
-        return tuning.tune(tuning.TuneSettings(**base, **settings), progress)
+    base_name = DEMO_BASE_ID if model is None else None
+    base = str(demo_base()) if model is None else model
+    console = Console(stderr=True)
+    with tuning.ProgressBar(console) if console.is_terminal else nullcontext(_ValidationLines()) as progress:
+        return tuning.tune(tuning.TuneSettings(model=base, base_name=base_name, **settings), progress)
+
+
+class _ValidationLines:
+    """What a log gets in place of a bar: a line on stderr for each validation."""
+
+    def started(self, steps: int) -> None:
+        pass
+
+    def stepped(self, step: int, loss: float) -> None:
+        pass
+
+    def validated(self, step: int, loss: float, best: bool) -> None:
+        print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", file=sys.stderr)
 
 
 def _publish(task: str, folder: Path, template: str | None, url: str | None) -> None:

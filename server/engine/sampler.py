@@ -23,7 +23,7 @@ _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # a smaller one would be 0
 
 @dataclass(frozen=True)
 class Choice:
-    """What a row gives. `token` is None where the logits, as they are or as the request adjusts them, are not finite."""
+    """What a row gives. `token` is None where the logits, as given or as the request adjusts them, are not finite."""
 
     token: int | None
     logprobs: TokenLogprobs | None

@@ -52,7 +52,7 @@ class EngineChild:
     async def ended(self) -> str:
         """Wait for its end; why it ended, as far as that is known."""
         words = await self.client.closed()
-        status = await asyncio.to_thread(self._process.wait)
+        status = await self._exit_status()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"the engine process {how}" + (f": {words}" if words else "")
 
@@ -62,12 +62,16 @@ class EngineChild:
             self._process.kill()
         await self.client.close()
         await asyncio.gather(self._ready, return_exceptions=True)  # whoever waited for it has been told
+        await self._exit_status()
+
+    async def _exit_status(self) -> int:
+        """Wait for the process, whose socket is closed; one that stays is killed."""
         try:
-            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+            return await asyncio.to_thread(self._process.wait, STOP_SECONDS)
         except subprocess.TimeoutExpired:
             _log.warning("the engine did not stop by itself and is killed", seconds=STOP_SECONDS)
             self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+            return await asyncio.to_thread(self._process.wait)
 
 
 def _start_process(descriptor: int) -> subprocess.Popen[bytes]:

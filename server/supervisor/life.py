@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-import uvloop
+from uvicorn.loops.auto import auto_loop_factory
 
 from adapters_store import DataFolder, LocalBlobs, RedisIndex, StoreError, StoreUnavailable, TaskDirectory
 from server.api import LastUsed, Metrics, Services, create_app
@@ -43,7 +43,7 @@ def run(settings: Settings) -> int:
     Raises `StartupError` when it cannot start as configured, `MedleyError` when its engine died.
     """
     configure_logging(settings.log_level, settings.log_format)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(_live(settings))
 
 
@@ -68,9 +68,9 @@ async def _live(settings: Settings) -> int:
 async def _start(settings: Settings, parts: AsyncExitStack) -> _Running:
     """Start everything; what has started is in `parts`, last in first out. Raises `StartupError`."""
     try:
-        listener = parts.enter_context(listen(settings.host, settings.port))
         with _usable_data_folder(settings):
             data = parts.enter_context(DataFolder(settings.data_dir))
+        listener = parts.enter_context(listen(settings.host, settings.port))
         metrics = Metrics()
         engine = await EngineChild.spawn(engine_configuration(settings, data), metrics.step)
         parts.push_async_callback(engine.stop)

@@ -61,9 +61,7 @@ def _tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             return tensors
 
 
-def _read(
-    config: Any, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
-) -> Adapter:
+def _read(config: Any, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32) -> Adapter:
     content = save(_tensors(config) if tensors is None else tensors)
     files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: content}
     return read_adapter(Checkpoint.parse(files, dtype), SHAPE)
@@ -143,19 +141,22 @@ def test_a_config_that_is_no_config_is_refused(content: bytes) -> None:
     assert caught.value.code == "bad_config"
 
 
+_SENSELESS: list[tuple[dict[str, Any], str, list[Any]]] = [
+    (PROMPT, "num_virtual_tokens", [0, -1, 1.5, "3", True, None, [], math.nan]),
+    (LORA, "r", [0, -2, "2", None, True, math.inf]),
+    (LORA, "lora_alpha", ["x", None, math.nan, math.inf, True, [], 10**400]),
+    (LORA, "rank_pattern", ["x", {"q_proj": 0}, {"q_proj": "2"}, {"(": 3}]),
+    (LORA, "alpha_pattern", [["a"], {"q_proj": "x"}, {"(": 3}]),
+    (LORA, "target_modules", [3, {"a": 1}, [1], "("]),
+    (LORA, "exclude_modules", [3, [None], "["]),
+    (LORA, "layers_to_transform", ["x", 1.5, {"0": 1}, ["0"], [True], True]),
+    (IA3, "feedforward_modules", [3, [1], "("]),
+]
+
+
 @pytest.mark.parametrize(
     ("base", "key", "value"),
-    [
-        *[(PROMPT, "num_virtual_tokens", value) for value in (0, -1, 1.5, "3", True, None, [], math.nan)],
-        *[(LORA, "r", value) for value in (0, -2, "2", None, True, math.inf)],
-        *[(LORA, "lora_alpha", value) for value in ("x", None, math.nan, math.inf, True, [], 10**400)],
-        *[(LORA, "rank_pattern", value) for value in ([], "x", {"q_proj": 0}, {"q_proj": "2"}, {"(": 3}) if value],
-        *[(LORA, "alpha_pattern", value) for value in (["a"], {"q_proj": "x"}, {"(": 3})],
-        *[(LORA, "target_modules", value) for value in (3, {"a": 1}, [1], "(")],
-        *[(LORA, "exclude_modules", value) for value in (3, [None], "[")],
-        *[(LORA, "layers_to_transform", value) for value in ("x", 1.5, {"0": 1}, ["0"], [True], True)],
-        *[(IA3, "feedforward_modules", value) for value in (3, [1], "(")],
-    ],
+    [(base, key, value) for base, key, values in _SENSELESS for value in values],
     ids=str,
 )
 def test_values_that_make_no_sense_are_bad_config_and_named(base: dict[str, Any], key: str, value: Any) -> None:

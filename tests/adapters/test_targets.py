@@ -46,7 +46,8 @@ def _ours(config: dict[str, Any]) -> list[str]:
     try:
         return targeted_sites(Checkpoint(config, {}, torch.float32), SHAPE)
     except AdapterError as error:
-        assert error.code == "base_mismatch"
+        if error.code != "base_mismatch":  # nothing is targeted
+            raise
         return []
 
 
@@ -84,7 +85,9 @@ def test_feedforward_modules_are_matched_as_peft_matches_them(feedforward: Any) 
 
 
 @settings(deadline=None, database=None)
-@given(keys=st.lists(st.sampled_from([*_WORDS, r"layers\.\d+\..*", ".*1.*", "^model.*", "q|v"]), max_size=4, unique=True))
+@given(
+    keys=st.lists(st.sampled_from([*_WORDS, r"layers\.\d+\..*", ".*1.*", "^model.*", "q|v"]), max_size=4, unique=True)
+)
 def test_rank_and_alpha_patterns_are_matched_as_peft_matches_them(keys: list[str]) -> None:
     patterns = {key: index for index, key in enumerate(keys)}
     for name in NAMES:

@@ -48,7 +48,8 @@ FACTS = AdapterFacts(method="lora", parameters=10, bytes=40, virtual_tokens=0, r
 class FakeEngine:
     """`connection` is for the HTTP side. Sequences and aborts are queued for the test to see."""
 
-    def __init__(self, base: BaseFacts) -> None:
+    def __init__(self, base: BaseFacts | None) -> None:
+        """Without a base it ends as soon as it is configured."""
         self.connection, ours = socket.socketpair()
         self.requests: Queue[Generate] = Queue()
         self.aborted: Queue[str] = Queue()
@@ -100,7 +101,10 @@ class FakeEngine:
         while (message := self._channel.receive()) is not None:
             match message:
                 case Configure():
-                    self._send(Ready(base=self._base))
+                    if self._base is None:
+                        self.die("no base to run")
+                    else:
+                        self._send(Ready(base=self._base))
                 case Generate():
                     self.requests.put(message)
                     if self.on_request is not None:

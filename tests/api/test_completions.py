@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -225,3 +226,15 @@ def test_a_prompt_that_leaves_no_room_is_refused(http: httpx.Client, tasks: dict
     refused = http.post("/v1/completions", json=body)
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_the_rest_is_served(http: httpx.Client) -> None:
+    body = {"model": BASE, "prompt": [PROMPT] * 8, "n": 4, "max_tokens": 200, "ignore_eos": True}
+    with ThreadPoolExecutor(8) as pool:  # 256 sequences for 32 rows and 64 places
+        responses = list(pool.map(lambda _: http.post("/v1/completions", json=body), range(8)))
+    assert {response.status_code for response in responses} == {200, 429}
+    for response in responses:
+        if response.status_code == 429:
+            assert response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) > 0
+    assert complete(http, prompt=PROMPT)

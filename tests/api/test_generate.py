@@ -97,6 +97,13 @@ def test_a_batch_mixes_tasks_and_each_item_fails_alone(http: httpx.Client, tasks
     ]
 
 
+def test_a_batch_is_bounded(http: httpx.Client) -> None:
+    response = http.post("/v1/generate", json={"requests": [{"task": BASE_ID, "input": "x"}] * 9})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "requests")
+    streamed = http.post("/v1/generate", json={"requests": [{"task": BASE_ID, "input": "x", "stream": True}]})
+    assert streamed.json()["results"][0]["error"]["code"] == "unsupported"
+
+
 def test_user_is_reported_without_a_customization(http: httpx.Client, tasks: dict[str, str]) -> None:
     body = {"input": "x", "max_tokens": 1, "user": "ann"}
     medley = http.post(f"/v1/tasks/{tasks['lora']}/generate", json=body).json()["medley"]

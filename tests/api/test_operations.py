@@ -24,7 +24,7 @@ def test_a_request_id_is_taken_or_made_and_stands_in_the_log(
         engine.on_request = lambda request: engine.finish(request, [70])
         given = http.post("/v1/completions", json={"model": BASE, "prompt": "x"}, headers={"X-Request-ID": "abc-1"})
         made = http.get("/v1/nothing")
-        bad = http.get("/healthz", headers={"X-Request-ID": "a b\tc" * 40})
+        bad = http.get("/v1/nothing", headers={"X-Request-ID": "a b\tc" * 40})
     finally:
         structlog.reset_defaults()
     assert given.headers["x-request-id"] == "abc-1"

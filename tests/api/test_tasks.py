@@ -49,8 +49,10 @@ def test_a_task_shows_settings_versions_and_pointers(http: httpx.Client, task: s
     assert (shown["active"], shown["previous"], shown["canary"]) == (third, second, None)
     assert [version["active"] for version in shown["versions"]] == [False, False, True]
     assert all(version["servable"] for version in shown["versions"])
-    assert shown["bytes"] == sum(version["bytes"] for version in shown["versions"])
-    assert len(shown["methods"]) == 3
+    assert shown["bytes"] == shown["versions"][2]["bytes"]
+    assert shown["methods"] == [shown["versions"][2]["method"]]
+    [listed] = [entry for entry in http.get("/v1/tasks").json()["data"] if entry["task"] == task]
+    assert listed == {name: value for name, value in shown.items() if name != "versions"}
     single = http.get(f"/v1/tasks/{task}/versions/{first}").json()
     assert single == shown["versions"][0]
 
@@ -162,6 +164,8 @@ def test_models_are_the_base_then_every_task(client: openai.OpenAI, http: httpx.
 def test_canaries_are_not_supported_yet_and_say_so(http: httpx.Client, tasks: dict[str, str]) -> None:
     response = http.patch(f"/v1/tasks/{tasks['lora']}", json={"canary": {"version": 1, "percent": 5}})
     assert error_of(response) == (400, "unsupported")
+    assert http.patch(f"/v1/tasks/{tasks['lora']}", json={"canary": None}).json()["canary"] is None
+    assert error_of(http.patch(f"/v1/tasks/{tasks['lora']}", json={})) == (400, "invalid_request")
     body = {"model": f"{tasks['lora']}@canary", "prompt": "x"}
     assert error_of(http.post("/v1/completions", json=body)) == (404, "canary_not_found")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
 from server.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -17,7 +18,7 @@ from tests.reference.bases import tiny_base
 
 ARCHITECTURE = "llama"
 
-_MORE = {
+_MORE: dict[str, Callable[[], PeftConfig]] = {
     "page_prompt": lambda: PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=8),
     "one_prompt": lambda: PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=1),
     "very_long_prompt": lambda: PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=30),
@@ -61,6 +62,4 @@ def multiplied(source: Path, target: Path, factor: float) -> Path:
 def overflowing(tasks: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     """Adapters of finite values whose answers are not finite."""
     factors = {"lora": 1e37, "ia3": 1e38, "prefix": 2e38}
-    return {
-        name: multiplied(tasks[name], tmp_path / f"overflowing-{name}", factor) for name, factor in factors.items()
-    }
+    return {name: multiplied(tasks[name], tmp_path / f"overflowing-{name}", factor) for name, factor in factors.items()}

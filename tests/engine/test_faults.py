@@ -107,9 +107,7 @@ def test_a_prompt_scored_without_new_tokens_fails_too_when_it_is_not_finite(
     assert outcome.results["bad"].ends == 1
 
 
-def test_an_abort_frees_row_pages_and_adapters_before_the_next_step(
-    base: FrozenBase, tasks: dict[str, Path]
-) -> None:
+def test_an_abort_frees_row_pages_and_adapters_before_the_next_step(base: FrozenBase, tasks: dict[str, Path]) -> None:
     engine = make_engine(base)
     results = {item.id: Result() for item in _good(tasks, 50)}
     for item in _good(tasks, 50):
@@ -180,7 +178,7 @@ def test_a_deadline_ends_running_and_waiting_sequences(base: FrozenBase, tasks: 
 
 def test_a_full_queue_refuses_one_more_at_once(base: FrozenBase, tasks: dict[str, Path]) -> None:
     engine = make_engine(base, max_queue=3, max_seqs=1)
-    stacks = ([], [tasks["lora"]], [], [tasks["lora"]])
+    stacks: list[list[Path]] = [[], [tasks["lora"]], [], [tasks["lora"]]]
     requests = [request(str(index), [5], greedy(2), *stack) for index, stack in enumerate(stacks)]
     results = {item.id: Result() for item in requests}
     for item in requests:

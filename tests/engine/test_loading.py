@@ -133,9 +133,7 @@ def test_an_adapter_larger_than_the_bank_is_refused(base: FrozenBase, tasks: dic
     assert len(results["base"].tokens) == 2
 
 
-def test_a_cold_task_behind_ever_arriving_hot_ones_has_a_bounded_wait(
-    base: FrozenBase, tasks: dict[str, Path]
-) -> None:
+def test_a_cold_task_behind_ever_arriving_hot_ones_has_a_bounded_wait(base: FrozenBase, tasks: dict[str, Path]) -> None:
     hot, cold = tasks["lora"], tasks["lora_patterns"]
     engine = make_engine(base, adapter_bytes=max(_bytes(base, hot), _bytes(base, cold)), max_seqs=4)
     results: dict[str, Result] = {}

@@ -47,7 +47,8 @@ def _allowed(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p
     left = {token: p for token, p in probabilities.items() if p >= min_p * best}
     ordered = sorted(left, key=lambda token: -left[token])[: top_k if top_k > 0 else None]
     total = sum(left[token] for token in ordered)
-    kept, mass = [], 0.0
+    kept: list[int] = []
+    mass = 0.0
     for token in ordered:
         if kept and mass >= top_p:
             break
@@ -57,7 +58,7 @@ def _allowed(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p
     return {token: left[token] / total for token in kept}
 
 
-_FILTERS: list[dict[str, float]] = [
+_FILTERS: list[dict[str, Any]] = [
     {},
     {"top_k": 1},
     {"top_k": 5},
@@ -127,7 +128,12 @@ def test_equal_logits_at_the_edge_of_top_k_are_cut_the_same_way_in_any_batch() -
 
 
 def test_noise_depends_on_seed_choice_and_position_alone() -> None:
-    numbers = {(seed, choice, index): noise(seed, choice, index) for seed in range(9) for choice in range(3) for index in range(40)}
+    numbers = {
+        (seed, choice, index): noise(seed, choice, index)
+        for seed in range(9)
+        for choice in range(3)
+        for index in range(40)
+    }
     assert len(set(numbers.values())) == len(numbers)
     assert all(0 < number < 1 for number in numbers.values())
     assert abs(sum(numbers.values()) / len(numbers) - 0.5) < 0.03
@@ -144,7 +150,7 @@ def test_choices_of_one_request_differ() -> None:
 def test_repetition_penalty_is_over_prompt_and_output_and_shrinks_by_sign() -> None:
     logits = torch.full((1, VOCABULARY), -50.0)
     logits[0, [5, 6, 7]] = torch.tensor([4.0, 3.9, 1.5])
-    greedy = {"temperature": 0.0, "repetition_penalty": 2.0}
+    greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 2.0}
     assert _choose(_sequence([1], [1], **greedy), logits).token == 5
     assert _choose(_sequence([5], [], **greedy), logits).token == 6  # 4 / 2 < 3.9
     assert _choose(_sequence([5], [6], **greedy), logits).token == 5  # 2 > 1.95 > 1.5
@@ -178,7 +184,12 @@ def test_end_and_stop_ids_are_impossible_until_min_tokens_with_ignore_eos_too() 
     logits = torch.zeros(1, VOCABULARY)
     logits[0, [EOS, 7, 8]] = torch.tensor([90.0, 80.0, 70.0])
     for ignore_eos in (False, True):
-        options = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": (7,), "ignore_eos": ignore_eos}
+        options: dict[str, Any] = {
+            "temperature": 0.0,
+            "min_tokens": 2,
+            "stop_token_ids": (7,),
+            "ignore_eos": ignore_eos,
+        }
         assert _choose(_sequence([1], [], **options), logits).token == 8
         assert _choose(_sequence([1], [8], **options), logits).token == 8
         assert _choose(_sequence([1], [8, 8], **options), logits).token == EOS

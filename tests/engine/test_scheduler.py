@@ -108,17 +108,20 @@ class World:
         for row in schedule:
             for at in range(row.start, row.stop):
                 self._write(row.run, at)
-        for copy in schedule.page_copies:  # what of a shared tail runs in this very step
-            sequence = copy.sequence
-            assert sequence.prefix is not None
-            for row in schedule:
-                if row.run is sequence.prefix:
-                    for at in range(row.start, min(row.stop, sequence.num_prefix)):
-                        if at >= sequence.num_shared_pages * self.page_size:
-                            self.pages[copy.target][at % self.page_size] = _content(sequence.prefix, at)
+        self._complete_tails(schedule)
         for row in schedule:
             for at in range(row.stop):
                 assert self._read(row.run, at) == _content(row.run, at), "a row sees what is not its own"
+
+    def _complete_tails(self, schedule: Schedule) -> None:
+        """What of a partly filled page runs in the very step that copies it is written to the copies too."""
+        for copy in schedule.page_copies:
+            sequence = copy.sequence
+            assert sequence.prefix is not None
+            for row in schedule.rows.get(sequence.prefix, []):
+                first = max(row.start, sequence.num_shared_pages * self.page_size)
+                for at in range(first, min(row.stop, sequence.num_prefix)):
+                    self.pages[copy.target][at % self.page_size] = _content(sequence.prefix, at)
 
     def _table(self, run: Sequence | PrefixRun) -> list[int]:
         return run.pages if isinstance(run, PrefixRun) else run.block_table

@@ -23,6 +23,8 @@ STACKS = [
     ("prompt", "prompt"),  # the same content twice
     ("ia3", "lora"),
     ("lora", "ia3"),
+    ("ia3", "other_lora"),  # both on one module: its input scaled before or after the update
+    ("other_lora", "ia3"),
     ("lora", "other_ia3"),
     ("other_ia3", "lora"),
     ("ia3", "other_ia3"),

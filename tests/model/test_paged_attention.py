@@ -83,9 +83,7 @@ def test_paged_attention_is_one_softmax_per_token_and_head(
         kv_heads, repeats, dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([4, 8])
         page_size = rng.choice([1, 3, 4])
         heads = kv_heads * repeats
-        cache = KVCache(
-            [LayerShape(kv_heads, dim)], 80, page_size, dtype=torch.float32, device=torch.device("cpu")
-        )
+        cache = KVCache([LayerShape(kv_heads, dim)], 80, page_size, dtype=torch.float32, device=torch.device("cpu"))
         cache.layers[0][:, 1:] = torch.nan  # pages of others, and of nobody
         free = list(range(1, 80))
         rng.shuffle(free)
@@ -111,7 +109,7 @@ def test_paged_attention_is_one_softmax_per_token_and_head(
             torch.cat([context.values[-context.count :] for context in contexts]),
             options,
         )
-        rows = query.split([context.count for context in contexts])
+        rows = torch.split(query, [context.count for context in contexts])
         expected = torch.cat([_slow(row, context, options) for row, context in zip(rows, contexts, strict=True)])
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 

@@ -51,9 +51,7 @@ def _model(architecture: str, **changes: Any) -> PreTrainedModel:
         ("mistral", {"sliding_window": 4}),
     ],
 )
-def test_softcaps_sinks_and_windows_are_served_as_generate_answers(
-    architecture: str, changes: dict[str, Any]
-) -> None:
+def test_softcaps_sinks_and_windows_are_served_as_generate_answers(architecture: str, changes: dict[str, Any]) -> None:
     prompts = [[5, 6], [random.Random(1).randrange(3, 61) for _ in range(17)], [9]]
     expected = [alone(_model(architecture, **changes), prompt, 12) for prompt in prompts]
     assert len({tuple(answer.tokens) for answer in expected}) == len(prompts)
@@ -74,9 +72,7 @@ def test_softcaps_sinks_and_windows_are_served_as_generate_answers(
         ("mamba", {"state_size": 4}),
     ],
 )
-def test_what_would_be_answered_wrongly_is_refused_with_a_sentence(
-    architecture: str, changes: dict[str, Any]
-) -> None:
+def test_what_would_be_answered_wrongly_is_refused_with_a_sentence(architecture: str, changes: dict[str, Any]) -> None:
     model = _model(architecture, **changes)
     with pytest.raises(StartupError, match=f"{type(model).__name__} cannot be served: "):
         FrozenBase(model, max_model_len=64)

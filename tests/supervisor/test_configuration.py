@@ -19,10 +19,14 @@ def data(tmp_path: Path) -> Iterator[DataFolder]:
         yield folder
 
 
+def settings(**given: object) -> Settings:
+    return Settings.model_validate(given)
+
+
 def test_memory_is_told_in_bytes_and_an_absent_size_is_left_to_the_engine(data: DataFolder) -> None:
-    given = engine_configuration(Settings(model="some/model", kv_cache_memory=1.5, adapter_memory=0.25), data)
+    given = engine_configuration(settings(model="some/model", kv_cache_memory=1.5, adapter_memory=0.25), data)
     assert (given.kv_cache_bytes, given.adapter_bytes) == (3 * 2**29, 2**28)
-    assert engine_configuration(Settings(model="some/model"), data).kv_cache_bytes is None
+    assert engine_configuration(settings(model="some/model"), data).kv_cache_bytes is None
 
 
 def test_the_base_is_known_by_its_hub_id_or_its_folder_s_last_name(tmp_path: Path) -> None:
@@ -33,8 +37,8 @@ def test_the_base_is_known_by_its_hub_id_or_its_folder_s_last_name(tmp_path: Pat
 
 
 def test_files_are_stored_in_the_data_folder_unless_another_folder_is_named(data: DataFolder, tmp_path: Path) -> None:
-    assert engine_configuration(Settings(model="some/model"), data).blobs == str(data.path / "blobs")
-    elsewhere = engine_configuration(Settings(model="some/model", store=str(tmp_path / "other")), data)
+    assert engine_configuration(settings(model="some/model"), data).blobs == str(data.path / "blobs")
+    elsewhere = engine_configuration(settings(model="some/model", store=str(tmp_path / "other")), data)
     assert elsewhere.blobs == str(tmp_path / "other")
     with pytest.raises(StartupError, match="--store"):
-        engine_configuration(Settings(model="some/model", store="s3://bucket"), data)
+        engine_configuration(settings(model="some/model", store="s3://bucket"), data)

@@ -45,7 +45,7 @@ def test_the_demo_tasks_go_into_an_empty_index_once_and_a_cut_off_publication_is
     data = tmp_path / "data"
     with ServerProcess(None, data, PYTHONPATH=str(demo)) as server:
         assert httpx.get(f"{server.url}/readyz").status_code == 200
-        assert [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]][0] == "medley-demo"
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "medley-demo"
         task = httpx.get(f"{server.url}/v1/tasks/second").json()
         assert (task["active"], task["template"], task["description"]) == (1, "{{ input }}:", "the second")
         header, *commands = server.printed()

@@ -7,18 +7,19 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.server_process import LONG, MEDLEY, PATIENCE_SECONDS, ServerProcess, environment, one_line, run_medley
 from tests.supervisor.conftest import Start
 
-TO_PARENT: Callable[[ServerProcess], None] = lambda server: server.signal(signal.SIGTERM)  # noqa: E731
-TO_GROUP: Callable[[ServerProcess], None] = lambda server: os.killpg(server.process.pid, signal.SIGINT)  # noqa: E731
+
+def to_group(server: ServerProcess, number: signal.Signals) -> None:
+    """As a terminal sends Ctrl-C, and some process managers SIGTERM: to the parent and whoever is in its group."""
+    os.killpg(server.process.pid, number)
 
 
 @contextmanager
@@ -31,16 +32,13 @@ def long_stream(server: ServerProcess) -> Iterator[Iterator[str]]:
         yield lines
 
 
-@pytest.mark.parametrize("send", [TO_PARENT, TO_GROUP], ids=["SIGTERM", "Ctrl-C in a terminal"])
-def test_a_signal_lets_the_running_stream_finish_refuses_new_requests_and_exits_0(
-    start: Start, send: Callable[[ServerProcess], None]
-) -> None:
+def test_sigterm_lets_the_running_stream_finish_refuses_new_requests_and_exits_0(start: Start) -> None:
     server = start("--log-format", "json")
     assert httpx.get(f"{server.url}/healthz").status_code == 200
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
     with long_stream(server) as lines, httpx.Client(base_url=server.url) as other:
-        send(server)
+        to_group(server, signal.SIGTERM)
         while (refused := other.get("/v1/models")).status_code == 200:
             pass
         assert refused.status_code == 503
@@ -68,13 +66,13 @@ def test_what_outlasts_the_drain_ends_with_an_error_and_the_server_with_0(start:
     assert server.orphans() == []
 
 
-def test_a_second_signal_does_not_wait_for_the_drain(start: Start) -> None:
+def test_ctrl_c_drains_and_a_second_one_does_not_wait_for_it(start: Start) -> None:
     server = start("--drain-timeout", "600")
     with long_stream(server) as lines, httpx.Client(base_url=server.url) as other:
-        server.signal(signal.SIGINT)
+        to_group(server, signal.SIGINT)
         while other.get("/v1/models").status_code == 200:
             pass
-        server.signal(signal.SIGINT)
+        to_group(server, signal.SIGINT)
         *_, last = lines
     assert json.loads(last.removeprefix("data:"))["error"]["code"] == "engine_dead"
     assert server.wait() == 0

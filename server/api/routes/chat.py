@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from server.api.answers import answer
 from server.api.choice import Delta
-from server.api.generation import Generation, refusals_counted
+from server.api.generation import Generation, arrival
 from server.api.limits import check_counts
 from server.api.prompts import chat_prompt
 from server.api.resolve import resolve
@@ -28,16 +28,16 @@ router = APIRouter(tags=["chat"])
 async def chat(body: ChatBody, request: Request, services: TheServices) -> Response:
     """OpenAI's chat, through the task's own template, else the base's chat template. Without `max_tokens` an answer
     may take all that the model's length leaves."""
-    with refusals_counted(services.metrics) as refusals:
+    with arrival(services.metrics) as arrived:
         base = services.require_base()
         n = body.n or 1
         check_counts(services.settings, n=n)
         target = await resolve(services, base, body.model, param="model")
-        refusals.label = target.label
+        arrived.label = target.label
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts, max_tokens=None, logprobs=logprobs)
         prompt = await chat_prompt(base, target, body.messages)
-        generation = Generation(services, base, target, [prompt], plan, n=n, param="messages")
+        generation = Generation(services, base, target, [prompt], plan, n=n, param="messages", arrived=arrived)
     return await answer(request, generation, ChatWriter(generation, body), stream=body.stream)
 
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from server.api.answers import answer
 from server.api.choice import Delta
-from server.api.generation import Generation, refusals_counted
+from server.api.generation import Generation, arrival
 from server.api.limits import check_counts
 from server.api.prompts import Prompt, text_prompt, token_prompt
 from server.api.resolve import resolve
@@ -28,12 +28,12 @@ router = APIRouter(tags=["completions"])
 )
 async def complete(body: CompletionBody, request: Request, services: TheServices) -> Response:
     """OpenAI's completions, for the base and every task. A task's template is not applied: the prompt is the text."""
-    with refusals_counted(services.metrics) as refusals:
+    with arrival(services.metrics) as arrived:
         base = services.require_base()
         n = body.n or 1
         check_counts(services.settings, prompts=len(body.prompt), n=n)
         target = await resolve(services, base, body.model, param="model")
-        refusals.label = target.label
+        arrived.label = target.label
         plan = plan_sampling(
             body.given(),
             target.settings.defaults,
@@ -42,7 +42,7 @@ async def complete(body: CompletionBody, request: Request, services: TheServices
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
         prompts = [await _prompt(base, prompt) for prompt in body.prompt]
-        generation = Generation(services, base, target, prompts, plan, n=n, param="prompt")
+        generation = Generation(services, base, target, prompts, plan, n=n, param="prompt", arrived=arrived)
     return await answer(request, generation, CompletionWriter(generation, body), stream=body.stream)
 
 

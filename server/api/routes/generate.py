@@ -15,7 +15,7 @@ from server.api.answers import answer, json_response
 from server.api.choice import Delta
 from server.api.disconnect import while_connected
 from server.api.errors import body_of, request_error_of, validation_fault
-from server.api.generation import Generation, refusals_counted
+from server.api.generation import Generation, arrival
 from server.api.limits import check_counts
 from server.api.prompts import Prompt, input_prompt, token_prompt
 from server.api.resolve import Target, resolve
@@ -48,21 +48,21 @@ async def generate(task: str, body: GenerateBody, request: Request, services: Th
 async def generate_batch(body: BatchBody, request: Request, services: TheServices) -> Response:
     """Results in the order of the requests; one that fails carries its own `error`."""
     services.require_base()
-    check_counts(services.settings, prompts=len(body.requests))
+    check_counts(services.settings, prompts=len(body.requests), param="requests")
     items = [_result(services, item) for item in body.requests]
     results = await while_connected(request.receive, _all(items))
     return json_response({"results": results})
 
 
 async def _start(services: Services, name: str, body: GenerateBody) -> Generation:
-    with refusals_counted(services.metrics) as refusals:
+    with arrival(services.metrics) as arrived:
         base = services.require_base()
         target = await resolve(services, base, name, param="task")
-        refusals.label = target.label
+        arrived.label = target.label
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts)
         prompt = await _prompt(base, target, body)
         param = "input" if body.prompt_token_ids is None else "prompt_token_ids"
-        return Generation(services, base, target, [prompt], plan, n=1, param=param)
+        return Generation(services, base, target, [prompt], plan, n=1, param=param, arrived=arrived)
 
 
 async def _prompt(base: ServedBase, target: Target, body: GenerateBody) -> Prompt:

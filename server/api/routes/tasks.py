@@ -15,7 +15,7 @@ from server.api.routes import examples
 from server.api.routes.dependencies import TheServices
 from server.api.routes.versions import version_json
 from server.api.schemas.tasks import TaskBody, TaskPatch
-from server.api.services import ServedBase, Services
+from server.api.services import Services
 from server.errors import RequestError
 
 router = APIRouter(tags=["tasks"])
@@ -37,10 +37,7 @@ async def list_tasks(
     services.require_base()
     page, has_more = await services.index.list_active(limit, after)
     used = await asyncio.gather(*(services.index.last_used(task.name) for task, _ in page))
-    data = [
-        task_json(task, [] if active is None else [active], last_used)
-        for (task, active), last_used in zip(page, used, strict=True)
-    ]
+    data = [task_json(task, active, last_used) for (task, active), last_used in zip(page, used, strict=True)]
     return json_response({"object": "list", "data": data, "has_more": has_more})
 
 
@@ -67,6 +64,8 @@ async def patch_task(task: str, body: TaskPatch, services: TheServices) -> Respo
     """Requests in flight end on the version that they started on. `previous` names the version to roll back to."""
     services.require_base()
     if body.active_version is None:
+        if "canary" in body.model_fields_set:  # null: there is none to remove
+            return await _show(services, await services.index.get_task(task))
         raise RequestError("invalid_request", "active_version: name the version to switch to", "active_version")
     patched = await services.index.activate(task, body.active_version)
     await services.directory.refresh([task])
@@ -81,8 +80,8 @@ async def delete_task(task: str, services: TheServices) -> Response:
     return Response(status_code=204)
 
 
-def task_json(task: Task, versions: list[Version], last_used: float | None) -> dict[str, Any]:
-    """A task without the versions themselves; `bytes` and `methods` are of `versions`."""
+def task_json(task: Task, active: Version | None, last_used: float | None) -> dict[str, Any]:
+    """A task without its versions; `methods` and `bytes` are the active one's."""
     canary = task.canary
     return {
         "task": task.name,
@@ -93,8 +92,8 @@ def task_json(task: Task, versions: list[Version], last_used: float | None) -> d
         "active": task.active,
         "previous": task.previous,
         "canary": None if canary is None else {"version": canary.version, "percent": canary.percent},
-        "methods": sorted({version.method for version in versions}),
-        "bytes": sum(version.bytes for version in versions),
+        "methods": [] if active is None else [active.method],
+        "bytes": 0 if active is None else active.bytes,
         "created": task.created,
         "updated": task.updated,
         "last_used": last_used,
@@ -102,8 +101,9 @@ def task_json(task: Task, versions: list[Version], last_used: float | None) -> d
 
 
 async def _show(services: Services, task: Task) -> Response:
-    base: ServedBase = services.require_base()
+    base = services.require_base()
     versions = await services.index.list_versions(task.name)
-    document = task_json(task, versions, await services.index.last_used(task.name))
+    active = next((version for version in versions if version.number == task.active), None)
+    document = task_json(task, active, await services.index.last_used(task.name))
     shown = [version_json(version, base, is_active=version.number == task.active) for version in versions]
     return json_response({**document, "versions": shown})

@@ -71,6 +71,11 @@ class ChatBody(SamplingFields):
     modalities: Annotated[list[str] | None, harmless(["text"])] = None
     audio: Annotated[Any, harmless()] = None
     prediction: Annotated[Any, harmless()] = None
+    web_search_options: Annotated[Any, harmless()] = None
+    reasoning_effort: Annotated[str | None, harmless("none")] = None
+    verbosity: Annotated[str | None, harmless("medium")] = None
+    safety_identifier: str | None = None  # this and the next are notes to the provider
+    prompt_cache_key: str | None = None
     service_tier: Annotated[str | None, harmless("auto", "default")] = None
     store: Annotated[bool | None, harmless(False)] = None
     metadata: Annotated[dict[str, str] | None, harmless({})] = None

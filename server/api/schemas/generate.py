@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, User, example
+from server.api.schemas.body import Body, User, example, harmless
 from server.api.schemas.sampling import SamplingFields
 
 
@@ -37,7 +37,7 @@ class BatchItem(GenerateBody):
     model_config = example(task="sentiment", input="The food was cold.", max_tokens=4)
 
     task: str = Field(description="a task or task@N")
-    stream: None = None
+    stream: Annotated[bool | None, harmless(False)] = None
 
 
 class BatchBody(Body):
