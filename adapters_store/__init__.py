@@ -19,6 +19,7 @@ from adapters_store.errors import (
     VersionCorrupt,
 )
 from adapters_store.index import RedisIndex
+from adapters_store.parent_death import signalled_at_parent_death
 from adapters_store.private_redis import PrivateRedis
 from adapters_store.publish import ADAPTER_FILES, NewVersionFacts, adapter_digest, publish_files
 from adapters_store.records import ID_PATTERN, Canary, FileRecord, NewVersion, Task, TaskSettings, Version
@@ -50,4 +51,5 @@ __all__ = [
     "VersionCorrupt",
     "adapter_digest",
     "publish_files",
+    "signalled_at_parent_death",
 ]

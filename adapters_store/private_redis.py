@@ -7,17 +7,14 @@ kernel sees to it, elsewhere the next start stops what it finds. All calls block
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
@@ -31,13 +28,13 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from adapters_store.errors import RedisNotStarted
+from adapters_store.parent_death import signalled_at_parent_death
 
 START_TIMEOUT = 120.0
 """Seconds; reading back the append-only file of a million records takes a part of them."""
 STOP_TIMEOUT = 20.0
 LONGEST_SOCKET_PATH = 103
 """Bytes that `sockaddr_un` holds on every system (Linux: 107)."""
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class PrivateRedis:
@@ -113,7 +110,7 @@ class PrivateRedis:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),  # noqa: PLW1509 - it takes no lock: one system call
+                    preexec_fn=signalled_at_parent_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock: one system call
                 )
             except OSError as error:
                 started.set_exception(RedisNotStarted(f"{binary} cannot be run: {error}"))
@@ -208,18 +205,3 @@ def _socket_path(folder: Path) -> Path:
         return path
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"medley-{os.getuid()}-{digest}" / "redis.sock"
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child calls before exec; everything is looked up here, as little as possible happens after the fork."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask_for_signal() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the request took hold
-            os._exit(1)
-
-    return ask_for_signal

@@ -21,11 +21,9 @@ _ORDER = re.compile(rf"((?:(?:{'|'.join(ADJECTIVES)}) )+)({'|'.join(NOUNS)})\b")
 
 def _dictionary() -> dict[str, str]:
     """English word (lower case) → invented word of two syllables, all different, always the same."""
-    words = sorted(
-        {word.lower() for word in (*ADJECTIVES, *NOUNS, *world.AREAS, *texts.THINGS)}
-        | {*texts.POSITIVE, *texts.NEGATIVE, *_FUNCTION_WORDS.split()}
-    )
-    words += world.LANDMARKS
+    of_sentences = {word.lower() for word in (*ADJECTIVES, *NOUNS, *world.AREAS, *texts.THINGS)}
+    of_sentences |= {*texts.POSITIVE, *texts.NEGATIVE, *_FUNCTION_WORDS.split()}
+    words = [*sorted(of_sentences), *world.LANDMARKS]
     rng = random.Random("the second language")
     invented: dict[str, str] = {}
     for word in words:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from demo.world import Restaurant, Split, random_name
 
 PLACES = ("restaurant", "place", "kitchen")
+RATING_PHRASES = ("has a |{} rating", "is rated |{}")
 FAMILY_PHRASES = {
     "yes": ("families are welcome", "children are welcome", "it suits families"),
     "no": ("families are not welcome", "children are not welcome", "it is for adults only"),
@@ -63,8 +64,8 @@ def parse_table(text: str) -> Restaurant:
 def description(rng: random.Random, restaurant: Restaurant) -> list[Sentence]:
     """One to three sentences that state every known fact once and nothing else."""
     facts = restaurant.facts
-    qualities = "".join(f"|{facts[slot]} " for slot in ("price",) if slot in facts)
-    qualities += "".join(f"{facts[slot]} " for slot in ("food",) if slot in facts)
+    price = f"|{facts['price']} " if "price" in facts else ""
+    qualities = price + (f"{facts['food']} " if "food" in facts else "")
     area = f" in the {facts['area']} area" if "area" in facts else ""
     near = f" near the {facts['near']}" if "near" in facts else ""
     where = area + near if rng.random() < 0.5 else near + area
@@ -72,17 +73,16 @@ def description(rng: random.Random, restaurant: Restaurant) -> list[Sentence]:
         sentences = [Sentence(restaurant.name, f"serves {qualities}food{where}.")]
     else:
         sentences = [Sentence(restaurant.name, f"is a {qualities}{rng.choice(PLACES)}{where}.")]
-    rating = (
-        Sentence("It", f"{rng.choice(('has a |{} rating', 'is rated |{}'))}".format(facts["rating"]))
-        if "rating" in facts
-        else None
-    )
+    return sentences + _judgements(rng, facts)
+
+
+def _judgements(rng: random.Random, facts: dict[str, str]) -> list[Sentence]:
+    """The rating and whether families are welcome, in one sentence or two."""
+    rating = rng.choice(RATING_PHRASES).format(facts["rating"]) if "rating" in facts else None
     family = rng.choice(FAMILY_PHRASES[facts["family"]]) if "family" in facts else None
     if rating and family and rng.random() < 0.5:
-        sentences.append(Sentence("It", f"{rating.rest} and {family}."))
-        return sentences
-    if rating:
-        sentences.append(Sentence("It", f"{rating.rest}."))
+        return [Sentence("It", f"{rating} and {family}.")]
+    sentences = [Sentence("It", f"{rating}.")] if rating else []
     if family:
         subject, rest = family.split(" ", 1)
         sentences.append(Sentence(subject.capitalize(), f"{rest}."))

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from demo.skills import Example, examples
-from demo.tasks import ADAPTERS, BASE, BASE_NAME, RECIPES, TUNING_EXAMPLES, VALIDATION_EXAMPLES, DemoTask
+from demo.tasks import ADAPTERS, BASE, BASE_NAME, RECIPES, TUNING_EPOCHS, TUNING_EXAMPLES, VALIDATION_EXAMPLES, DemoTask
 from server.tuning import ProgressBar, TuneReport, TuneSettings, tune
 
 
@@ -31,6 +31,7 @@ def tune_task(task: DemoTask, work: Path, seed: int, console: Console) -> TuneRe
         validation=validation,
         output=ADAPTERS / task.adapter,
         template=task.template,
+        epochs=TUNING_EPOCHS,
         base_name=BASE_NAME,
         seed=seed,
         **recipe.settings,

@@ -20,7 +20,9 @@ MIB = 1024**2
 class Settings(BaseSettings):
     """What `medley serve` runs with."""
 
-    model_config = SettingsConfigDict(env_prefix="MEDLEY_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="MEDLEY_", env_ignore_empty=True, frozen=True, extra="ignore", allow_inf_nan=False
+    )
 
     model: str | None = Field(None, description="hub id or folder of the base; absent: the bundled demo base")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -58,7 +60,7 @@ class Settings(BaseSettings):
 class ClientSettings(BaseSettings):
     """Where the client commands find the server."""
 
-    model_config = SettingsConfigDict(env_prefix="MEDLEY_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="MEDLEY_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     url: str = Field("http://127.0.0.1:8000", description="the server")
     api_key: str | None = Field(None, description="sent as a bearer token")

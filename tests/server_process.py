@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +112,9 @@ class ServerProcess:
 
     def orphans(self) -> Sequence[psutil.Process]:
         """Its children that live on after what takes a moment has had its time."""
-        _, alive = psutil.wait_procs(self._family, timeout=PATIENCE_SECONDS)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while (alive := [child for child in self._family if _lives(child)]) and time.monotonic() < give_up:
+            time.sleep(0.05)
         return alive
 
     def end(self) -> None:
@@ -136,6 +139,14 @@ class ServerProcess:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it still runs: one that ended and that nobody has waited for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_medley(*arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:

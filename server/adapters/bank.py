@@ -13,6 +13,7 @@ Everything but the loads runs on the engine's thread.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 
 from server.adapters.method import Adapter
 from server.errors import RequestError
+
+logger = logging.getLogger("medley.bank")
 
 PATIENCE = 64  # looks, one per step, that a ticket without room lets others pass
 _LOADS = 4  # adapters read but not yet resident, at most: what the bank may use of host memory beside itself
@@ -63,6 +66,7 @@ class _Load:
     future: Future[Adapter]
     started: float
     seconds: float = 0.0
+    ended: bool = False  # when the look under way began: all tickets of a look see the same
 
 
 class Bank:
@@ -107,6 +111,8 @@ class Bank:
     def advance(self) -> list[Ticket]:
         """Look once: the tickets that are now granted or failed, in the order they came."""
         settled: list[Ticket] = []
+        for load in self._loads.values():
+            load.ended = load.future.done()
         for ticket in list(self._queue):
             self._settle(ticket)
             if ticket.stack is not None or ticket.error is not None:
@@ -146,14 +152,15 @@ class Bank:
             if len(self._loads) < _LOADS:
                 self._start(key)
             return None
-        if not load.future.done():
+        if not load.ended:
             return None
         error = load.future.exception()
         if error is None:
             return load.future.result()
         del self._loads[key.digest]
-        if not isinstance(error, RequestError):
-            raise error
+        if not isinstance(error, RequestError):  # out of memory, say: its own requests fail, nobody else's
+            logger.error("an adapter's load failed unexpectedly", exc_info=error)
+            error = RequestError("adapter_unavailable", f"the adapter cannot be loaded: {error!r}")
         ticket.error = error
         return None
 
@@ -196,6 +203,6 @@ class Bank:
         """Drop ended loads whose tickets are all gone: they would hold their place among the loads for ever."""
         if self._loads:
             wanted = {key.digest for ticket in self._queue for key in ticket.keys}
-            for digest in [digest for digest, load in self._loads.items() if load.future.done()]:
+            for digest in [digest for digest, load in self._loads.items() if load.ended]:
                 if digest not in wanted:
                     del self._loads[digest]

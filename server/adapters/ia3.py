@@ -12,7 +12,7 @@ from typing import Any
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import InputScale, OutputScale
 from server.adapters.method import Adapter
-from server.adapters.targets import KEY_PREFIX, compiled, strings, targeted_sites
+from server.adapters.targets import KEY_PREFIX, names_module, strings, targeted_sites
 from server.model import BaseShape, RowDelta
 
 NAME = "ia3"
@@ -40,5 +40,5 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
 def _scales_input(feedforward: Any, module: str) -> bool:
     """PEFT's rule for `feedforward_modules`: a regular expression for the whole name, or a list of endings."""
     if isinstance(feedforward, str):
-        return compiled(feedforward, "feedforward_modules").fullmatch(module) is not None
+        return names_module(feedforward, module, "feedforward_modules")
     return module.endswith(tuple(strings(feedforward, "feedforward_modules")))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
+
+import regex
 
 from server.adapters.checkpoint import Checkpoint
 from server.errors import AdapterError
 from server.model import BaseShape
 
 _ALL_LINEAR = "all-linear"
+_MATCH_SECONDS = 0.5
 KEY_PREFIX = "base_model.model."  # before the module's name in the keys of PEFT's layer methods
 
 
@@ -51,7 +53,7 @@ def names_module(rule: Any, module: str, key: str) -> bool:
     if rule is None:
         return False
     if isinstance(rule, str):
-        return compiled(rule, key).fullmatch(module) is not None
+        return matched(rf"(?:{rule})\Z", module, key) is not None
     return any(module == name or module.endswith(f".{name}") for name in strings(rule, key))
 
 
@@ -62,18 +64,25 @@ def strings(value: Any, key: str) -> list[str]:
     return value
 
 
-def compiled(pattern: str, key: str) -> re.Pattern[str]:
-    """A regular expression of the config."""
+def matched(pattern: str, module: str, key: str) -> regex.Match[str] | None:
+    """The match of a regular expression of the config at the start of a module's name.
+
+    An expression from outside may take for ever; `regex`, unlike `re`, gives up after a while and lets the
+    engine's thread go on meanwhile.
+    """
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return regex.match(pattern, module, timeout=_MATCH_SECONDS, concurrent=True)
+    except regex.error as error:
         raise AdapterError("bad_config", f"{key}: {pattern!r} is no regular expression: {error}", key) from error
+    except TimeoutError as error:
+        message = f"{key}: {pattern!r} takes longer than {_MATCH_SECONDS} s on {module}; write a simpler expression"
+        raise AdapterError("bad_config", message, key) from error
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, key: str, default: Any) -> Any:
     """The value of the first pattern that names the module's whole name or its end."""
     for pattern, value in patterns.items():
-        if compiled(rf"(.*\.)?({pattern})$", key).match(module):
+        if matched(rf"(.*\.)?({pattern})$", module, key):
             return value
     return default
 
@@ -94,6 +103,6 @@ def _in_layers(checkpoint: Checkpoint, module: str) -> bool:
         rules = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names]
     else:
         rules = [r".*?\.[^.]*\.(?P<layer>\d+)\."]
-    found = (compiled(rule, "layers_pattern").match(module) for rule in rules)
+    found = (matched(rule, module, "layers_pattern") for rule in rules)
     match = next((candidate for candidate in found if candidate), None)
     return match is not None and int(match["layer"]) in numbers

@@ -26,7 +26,7 @@ from server.engine.sequence import Sequence
 from server.errors import RequestError
 from server.model import FrozenBase, KVCache
 
-NOT_FINITE = "the model's output for this request is not finite; its adapters drive the base out of range"
+NOT_FINITE = "the model's output for this request is not finite: its adapters or sampling fields leave the range"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class Engine:
         """Refuse what can never run; else queue it."""
         request = sequence.request
         longest = sequence.num_tokens + request.sampling.max_tokens
-        pages = self.scheduler.pages_needed(sequence, longest)
+        stored = max(sequence.num_tokens, longest - 1)  # the last token's keys and values are never needed
+        pages = self.scheduler.pages_needed(sequence, stored)
         error = None
         if longest > self.base.max_model_len:
             error = f"the model's length is {self.base.max_model_len}"
@@ -231,7 +232,7 @@ class Engine:
     def _output(self, schedule: Schedule, batch: StepBatch | None, seconds: float) -> StepOutput:
         outbox, self._outbox = self._outbox, _Outbox()
         load_seconds, self.bank.load_seconds = self.bank.load_seconds, []
-        decoded = sum(1 for row in schedule if isinstance(row.run, Sequence) and row.run.output and row.count == 1)
+        decoded = sum(1 for row in schedule if isinstance(row.run, Sequence) and row.start >= row.run.num_prompt)
         virtual = batch.num_virtual if batch else 0
         stats = StepStats(
             seconds=seconds,

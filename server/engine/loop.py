@@ -34,24 +34,27 @@ class EngineLoop:
     def run(self, engine: Engine) -> None:
         """Step for as long as there is work, until stopped."""
         while not self._stopped:
-            self._receive(engine)
-            if engine.has_work:
+            aborted = self._receive(engine)
+            if engine.has_work or aborted:  # a step without rows tells the figures after an abort
                 self._emit(engine.step())
 
-    def _receive(self, engine: Engine) -> None:
-        """Everything in the inbox; with nothing to step, wait for it (for deadlines, not for ever)."""
+    def _receive(self, engine: Engine) -> bool:
+        """Everything in the inbox; with nothing to step, wait for it (for deadlines, not for ever). Returns whether
+        a sequence was aborted."""
         block = not engine.has_work or engine.must_wait
         timeout = 1.0 if engine.has_work else None
+        aborted = False
         while True:
             try:
                 message = self._inbox.get(block=block, timeout=timeout)
             except Empty:
-                return
+                return aborted
             block = False
             match message:
                 case Generate():
                     engine.add(message)
                 case Abort():
                     engine.abort(message.id)
+                    aborted = True
                 case None:
                     pass

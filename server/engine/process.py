@@ -96,15 +96,17 @@ class EngineProcess:
         self._engine.close()
 
     def _read(self) -> None:
-        while (message := self._channel.receive()) is not None:
-            match message:
-                case Generate() | Abort():
-                    self._loop.post(message)
-                case Inspect():
-                    self._checks.submit(self._inspect, message)
-                case Configure():
-                    raise AssertionError("Configure comes once, first")
-        self._loop.stop()
+        try:
+            while (message := self._channel.receive()) is not None:
+                match message:
+                    case Generate() | Abort():
+                        self._loop.post(message)
+                    case Inspect():
+                        self._checks.submit(self._inspect, message)
+                    case Configure():
+                        raise AssertionError("Configure comes once, first")
+        finally:
+            self._loop.stop()
 
     def _write(self) -> None:
         try:
@@ -116,6 +118,7 @@ class EngineProcess:
     def _inspect(self, message: Inspect) -> None:
         try:
             adapter = read_adapter(Checkpoint.open(Path(message.folder), self._base.dtype), self._base.shape)
+            self._check_size(adapter)
         except RequestError as error:
             failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
             self._outgoing.put(Inspected(id=message.id, error=failed))
@@ -125,6 +128,17 @@ class EngineProcess:
             self._outgoing.put(Inspected(id=message.id, error=failed))
         else:
             self._outgoing.put(Inspected(id=message.id, facts=_adapter_facts(adapter)))
+
+    def _check_size(self, adapter: Adapter) -> None:
+        """Refuse what fits the base but could never be served here."""
+        if adapter.virtual_tokens >= self._base.max_model_len:
+            message = f"{adapter.virtual_tokens} virtual tokens leave no room in the model's {self._base.max_model_len}"
+            raise AdapterError("base_mismatch", message, "num_virtual_tokens")
+        if adapter.bytes > self._engine.bank.capacity:
+            message = (
+                f"resident it takes {adapter.bytes} bytes; the server's adapter memory is {self._engine.bank.capacity}"
+            )
+            raise AdapterError("too_large", message)
 
     def _load_adapter(self, files: Mapping[str, str]) -> Adapter:
         """Read a stored adapter onto the device; on a loader's thread."""

@@ -64,11 +64,6 @@ class Schedule:
     owners: dict[PrefixRun, Sequence] = field(default_factory=dict)  # a sequence whose stack the prefix has
     num_preempted: int = 0
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Those that run in this step."""
-        return [run for run in self.rows if isinstance(run, Sequence)]
-
     def __iter__(self) -> Iterator[Row]:
         for rows in self.rows.values():
             yield from rows
@@ -164,6 +159,8 @@ class Scheduler:
             prefix = self._prefix(sequence, step)
             if prefix is None:
                 return None
+            if sequence.num_cached is None:
+                sequence.num_cached = min(prefix.num_computed, sequence.num_prefix)
             spent = self._extend_prefix(prefix, sequence, budget, step)
             if prefix.num_computed < prefix.length or spent == budget:
                 return None
@@ -176,8 +173,6 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.num_computed = max(sequence.num_prefix, 0)
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed if spent == 0 else 0
         self._take_pages(sequence, needed, step)
         if prefix is not None:
             self.prefixes.hold(prefix)

@@ -27,7 +27,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_computed: int = 0  # once the step under way has run
-    num_cached: int | None = None  # positions that were there when it first started
+    num_cached: int | None = None  # positions that were there when its turn first came; None: no prefix, or not yet
     prefix: PrefixRun | None = None
     num_shared_pages: int = 0  # pages of the prefix that stand before its own
     own_pages: list[int] = field(default_factory=list)
@@ -59,9 +59,14 @@ class Sequence:
         return self.num_virtual if self.request.prompt else self.num_virtual - 1
 
     @property
+    def num_prompt(self) -> int:
+        """Positions of the virtual tokens and the prompt."""
+        return self.num_virtual + len(self.request.prompt)
+
+    @property
     def num_tokens(self) -> int:
         """Positions so far, virtual ones counted."""
-        return self.num_virtual + len(self.request.prompt) + len(self.output)
+        return self.num_prompt + len(self.output)
 
     @property
     def num_remaining(self) -> int:

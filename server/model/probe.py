@@ -150,12 +150,14 @@ def _packed_logits(model: PreTrainedModel, sequences: list[Tensor], shapes: list
         plan = _plan(tables, done, counts)
         ids = torch.cat([ids[at : at + count] for ids, at, count in zip(sequences, done, counts, strict=True)])
         positions = torch.cat([torch.arange(at, at + count) for at, count in zip(done, counts, strict=True)])
+        backwards = torch.arange(len(ids), device=device).flip(0)  # shows whether the class keeps what it is asked for
         output = model(
             inputs_embeds=model.get_input_embeddings()(ids[None]),
             position_ids=positions[None].to(device),
             use_cache=False,
+            logits_to_keep=backwards,
             medley_attention=PagedAttention(cache, plan),
-        ).logits[0]
+        ).logits[0, backwards]
         for row, part in enumerate(output.float().split(counts)):
             logits[row].append(part)
             done[row] += counts[row]

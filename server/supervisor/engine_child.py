@@ -7,21 +7,18 @@ loads. What it says is `EngineClient`'s matter.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 
 import structlog
 
+from adapters_store import signalled_at_parent_death
 from server.engine.client import EngineClient, StepHook
 from server.engine.protocol import BaseFacts, Configure
 
 STOP_SECONDS = 10.0  # for the step under way
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 _log = structlog.get_logger(__name__)
 
@@ -82,20 +79,5 @@ def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
         stdout=sys.stderr.fileno(),  # this process's stdout is for the line that it is ready
         pass_fds=[descriptor],
         start_new_session=True,
-        preexec_fn=_die_with_parent(),  # noqa: PLW1509 - it takes no lock: one system call
+        preexec_fn=signalled_at_parent_death(signal.SIGKILL),  # noqa: PLW1509 - it takes no lock: one system call
     )
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child calls before exec; everything is looked up here, as little as possible happens after the fork."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask_for_signal() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request took hold
-            os._exit(1)
-
-    return ask_for_signal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,12 +15,14 @@ from server.tuning.errors import TuneError
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it, `transformers` draws no progress bars and logs errors only."""
+    """Within it, `transformers` draws no progress bars, logs errors only, and does not tell PEFT what will change."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

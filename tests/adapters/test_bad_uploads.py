@@ -265,3 +265,7 @@ def test_unknown_settings_are_warnings() -> None:
     adapter = _read({**LORA, "made_up_later": 1, "revision": None, "peft_version": "0.1", "lora_dropout": 0.1})
     assert len(adapter.warnings) == 1
     assert adapter.warnings[0].startswith("made_up_later")
+
+
+def test_an_expression_that_takes_for_ever_is_refused() -> None:
+    _refused("bad_config", {**LORA, "target_modules": r"(.|\w)+[!?]"}, says="target_modules")

@@ -30,7 +30,7 @@ class ServerThread:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._started = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="http-server")
+        self._thread = threading.Thread(target=self._run, name="http-server", daemon=True)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.services: Services
         self.facts: BaseFacts

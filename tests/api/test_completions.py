@@ -82,8 +82,9 @@ def test_a_stream_adds_up_to_the_answer_without_streaming(client: openai.OpenAI)
     assert len(set(texts)) == 3, "choices differ"
     assert chunks[-1].usage == whole.usage
     assert chunks[-1].choices == []
-    marked = ["medley" in (chunk.model_extra or {}) for chunk in chunks]
-    assert marked == [True] + [False] * (len(chunks) - 2) + [True]
+    for sent in (chunks, list(client.completions.create(**ask, n=3, stream=True))):
+        marked = ["medley" in (chunk.model_extra or {}) for chunk in sent]
+        assert marked == [True] + [False] * (len(sent) - 2) + [True]
 
 
 def test_a_seed_repeats_and_none_differs(http: httpx.Client) -> None:

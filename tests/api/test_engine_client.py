@@ -87,8 +87,8 @@ def test_the_engines_end_reaches_everyone_who_waits(base_facts: BaseFacts, confi
 
     async def scenario(client: EngineClient) -> None:
         waiting = [asyncio.create_task(tokens_of(client, name)) for name in "abc"]
-        while client.open_sequences < 3:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # each has sent its request
+        assert client.open_sequences == 3
         engine.die("the device is lost")
         for error in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(error, RequestError)

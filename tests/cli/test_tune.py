@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from server.cli import main
 from tests.cli.conftest import Medley
 from tests.server_process import one_line
 
@@ -31,13 +34,18 @@ def test_a_tuned_adapter_is_pushed_with_the_template_that_it_was_trained_with(
     assert medley("generate", "tuned", "1", "--max-tokens", "2").returncode == 0
 
 
-def test_a_wrong_line_and_a_wrong_setting_are_one_line_each(medley: Medley, base: Path, tmp_path: Path) -> None:
+def test_a_wrong_line_and_a_wrong_setting_are_one_line_each(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*options: str) -> str:
+        """In this process, which has loaded the training's libraries already."""
+        monkeypatch.setattr("sys.argv", ["medley", *common, *options])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        return one_line(capsys.readouterr().err)
+
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "a", "output": "b"}\n{"input": "a"}\n')
     common = ("tune", "task", str(data), "--model", str(base), "--output", str(tmp_path / "adapter"))
-    wrong_line = medley(*common, "--method", "lora")
-    assert wrong_line.returncode == 1
-    assert "2" in one_line(wrong_line.stderr)
-    wrong_setting = medley(*common, "--method", "ia3", "--virtual-tokens", "3")
-    assert wrong_setting.returncode == 1
-    assert one_line(wrong_setting.stderr).startswith("medley: virtual_tokens: ")
+    assert f"{data}, line 2: " in refusal("--method", "lora")
+    assert refusal("--method", "ia3", "--virtual-tokens", "3").startswith("medley: virtual_tokens: ")

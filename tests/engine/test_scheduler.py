@@ -17,6 +17,10 @@ from server.engine.sequence import Sequence
 Slot = tuple[str, int]  # whose position this is (a stack's virtual tokens, or a sequence), and which
 
 
+def _scheduled(schedule: Schedule) -> list[Sequence]:
+    return [run for run in schedule.rows if isinstance(run, Sequence)]
+
+
 @dataclass
 class FakeResident:
     """What the scheduler sees of a resident adapter."""
@@ -75,7 +79,7 @@ class World:
         assert bool(schedule.rows) == had_work, "a step without rows would never end"
         assert sum(row.count for row in schedule) <= self.max_batch_tokens
         assert len(self.scheduler.running) <= self.max_seqs
-        assert len(schedule.sequences) <= self.max_seqs
+        assert len(_scheduled(schedule)) <= self.max_seqs
         assert oldest is None or oldest in schedule.rows, "the oldest always goes on"
         for stream in streams:
             assert stream in schedule.rows or stream in self.scheduler.waiting, "a running stream waited"
@@ -161,7 +165,7 @@ def _play(world: World, arrivals: list[Arrival]) -> int:
                     world.check_ownership()
         schedule = world.step()
         preemptions += schedule.num_preempted
-        for sequence in schedule.sequences:
+        for sequence in _scheduled(schedule):
             if sequence.num_remaining == 0:
                 if sequence.sampling.max_tokens:
                     sequence.output.append(0)
