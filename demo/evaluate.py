@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from demo.scores import BAR, TaskScores, as_table, share_right
 from demo.skills import examples
 from demo.tasks import ADAPTERS, BASE, RECIPES, TEST_EXAMPLES, TEST_SEED, DemoTask, read_tasks
-from server.tuning.base import quiet_transformers
+from server.tuning.base import quiet_libraries
 
 
 def generate(
@@ -53,7 +53,7 @@ def evaluate() -> list[TaskScores]:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     scores = []
     for task in read_tasks():
-        with quiet_transformers(), torch.inference_mode():
+        with quiet_libraries(), torch.inference_mode():
             base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
             scores.append(score_task(task, base, tokenizer))
     return scores

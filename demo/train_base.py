@@ -19,7 +19,7 @@ from demo.corpus import Document, documents
 from demo.instructions import HELD_OUT
 from demo.skills import examples
 from demo.tokenizer import MAX_LENGTH
-from server.tuning.base import quiet_transformers
+from server.tuning.base import quiet_libraries
 
 LENGTH_EXPONENT = 0.8  # a document's output of n tokens weighs n^(1 - LENGTH_EXPONENT)
 
@@ -168,7 +168,7 @@ def train_base(tokenizer: PreTrainedTokenizerBase, checkpoint: Path, settings: B
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the base in float16 with its tokenizer, as `from_pretrained` reads them."""
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with quiet_transformers():
+    with quiet_libraries():
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -20,7 +20,6 @@ from peft import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from server.tuning.base import quiet_transformers
 from server.tuning.errors import TuneError
 from server.tuning.settings import DEFAULT_VIRTUAL_TOKENS, TuneSettings
 
@@ -34,8 +33,7 @@ def new_adapter(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setti
     # Before PEFT wraps the base: these are the base's own keys and values.
     start = None if start_ids is None else _start_values(base, start_ids, settings)
     try:
-        with quiet_transformers():
-            model = get_peft_model(base, _peft_config(base, settings, start_ids))
+        model = get_peft_model(base, _peft_config(base, settings, start_ids))
     except ValueError as error:  # PEFT knows no target modules for this class, or the named ones are not there
         raise TuneError(f"{settings.method}: {error}") from error
     if start is not None:

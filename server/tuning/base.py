@@ -14,14 +14,18 @@ from server.tuning.errors import TuneError
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within it, `transformers` draws no progress bars, logs errors only, and does not tell PEFT what will change."""
+def quiet_libraries() -> Iterator[None]:
+    """Within it, `transformers` draws no progress bars and logs errors only, and neither it nor PEFT warns of what they
+    do to one another: a call that will go away, a layout that PEFT found out by itself, positions that it counts anew.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.filterwarnings("ignore", category=UserWarning, message="fan_in_fan_out", module="peft")
+            warnings.filterwarnings("ignore", category=UserWarning, message="Position ids", module="peft")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -35,9 +39,8 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises `TuneError` where the model cannot be loaded.
     """
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise TuneError(f"model: {model} cannot be loaded: {error}") from error
     return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -61,13 +61,13 @@ class Encoder:
             raise TuneError(f"template: {error}") from error
 
     def encode(self, example: Example) -> EncodedExample:
-        """Raises `TuneError` naming the example's line where the template fails or the text is too long."""
+        """Raises `TuneError` naming the example's file and line where the template fails or the text is too long."""
         text = self._render(example)
         prompt = self._tokenizer(text)["input_ids"]
         output = [*self._output_ids(text, prompt, example.output), self._tokenizer.eos_token_id]
         if len(prompt) + len(output) > self._max_tokens:
             raise TuneError(
-                f"line {example.line}: {len(prompt)} prompt and {len(output)} output tokens are more than the "
+                f"{example.where}: {len(prompt)} prompt and {len(output)} output tokens are more than the "
                 f"{self._max_tokens} there is room for; shorten the example or raise max_length"
             )
         return EncodedExample(prompt, output)
@@ -77,7 +77,7 @@ class Encoder:
         encoded = [self.encode(example) for example in examples]
         for example, ids in zip(examples, encoded, strict=True):
             if not ids.prompt and not prompt_may_be_empty:
-                raise TuneError(f"line {example.line}: the prompt is empty, which this method cannot continue")
+                raise TuneError(f"{example.where}: the prompt is empty, which this method cannot continue")
         return encoded
 
     def _render(self, example: Example) -> str:
@@ -86,7 +86,7 @@ class Encoder:
         try:
             return self._template.render(input=example.input)
         except TemplateError as error:
-            raise TuneError(f"line {example.line}: the template cannot be filled: {error}") from error
+            raise TuneError(f"{example.where}: the template cannot be filled: {error}") from error
 
     def _output_ids(self, text: str, prompt: list[int], output: str) -> list[int]:
         # The natural continuation of the prompt, unless a token would span the border: a tokenizer may put a

@@ -14,11 +14,11 @@ FIELDS = ("input", "output")
 
 @dataclass(frozen=True)
 class Example:
-    """One line of the data; `line` counts from 1."""
+    """One line of the data; `where` names its file and line, counted from 1."""
 
     input: str
     output: str
-    line: int
+    where: str
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -35,16 +35,14 @@ def read_examples(path: Path) -> list[Example]:
         raise TuneError(f"{path}, line {line}: is not UTF-8 text") from error
     # Not `splitlines`: JSON strings may hold other line separators of Unicode unescaped.
     examples = [
-        _parse(line, f"{path}, line {number}", number)
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
+        _parse(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()
     ]
     if not examples:
         raise TuneError(f'{path}: holds no example; each line must be {{"input": "…", "output": "…"}}')
     return examples
 
 
-def _parse(line: str, where: str, number: int) -> Example:
+def _parse(line: str, where: str) -> Example:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -61,7 +59,7 @@ def _parse(line: str, where: str, number: int) -> Example:
         raise TuneError(f"{where}: unknown field `{unknown[0]}`; an example has only `input` and `output`")
     if not record["output"]:
         raise TuneError(f"{where}: the field `output` is empty; there is nothing to learn from it")
-    return Example(record["input"], record["output"], number)
+    return Example(record["input"], record["output"], where)
 
 
 def split_examples(examples: list[Example], validation_share: float, seed: int) -> tuple[list[Example], list[Example]]:

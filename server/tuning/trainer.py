@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from server.tuning.adapter import new_adapter
-from server.tuning.base import load_base, quiet_transformers
+from server.tuning.base import load_base, quiet_libraries
 from server.tuning.encoding import Batch, EncodedExample, Encoder, collate
 from server.tuning.errors import TuneError
 from server.tuning.examples import read_examples, split_examples
@@ -51,9 +51,9 @@ def tune(settings: TuneSettings, progress: TuneProgress | None = None) -> TuneRe
         training, validation = examples, read_examples(settings.validation)
     else:
         training, validation = split_examples(examples, settings.validation_share, settings.seed)
-    base, tokenizer = load_base(settings.model)
-    with torch.random.fork_rng():
+    with quiet_libraries(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
+        base, tokenizer = load_base(settings.model)
         model = new_adapter(base, tokenizer, settings)
         encoder = Encoder(tokenizer, settings.template, _room(model, settings))
         prompt_may_be_empty = settings.method in ("prompt", "ptuning")
@@ -65,7 +65,7 @@ def tune(settings: TuneSettings, progress: TuneProgress | None = None) -> TuneRe
             settings,
         )
         report = run.train(progress or NoProgress())
-    _save(model, settings)
+        _save(model, settings)
     return report
 
 
@@ -188,8 +188,7 @@ def _room(model: PeftModel, settings: TuneSettings) -> int:
 
 def _save(model: PeftModel, settings: TuneSettings) -> None:
     model.active_peft_config.base_model_name_or_path = settings.saved_base_name
-    with quiet_transformers():
-        # The embeddings are the base's own and are never trained here; to find that out PEFT would ask the hub.
-        model.save_pretrained(settings.output, save_embedding_layers=False)
+    # The embeddings are the base's own and are never trained here; to find that out PEFT would ask the hub.
+    model.save_pretrained(settings.output, save_embedding_layers=False)
     # A form of empty headings that names the base by its path on this machine.
     (settings.output / "README.md").unlink(missing_ok=True)

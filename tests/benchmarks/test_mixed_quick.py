@@ -36,7 +36,7 @@ def test_quick_mode_prints_every_row_with_both_systems_rates() -> None:
     assert "greedy tokens equal those of PEFT alone" in outcome.output
     for row in ROWS:
         # task │ Medley │ ÷ base │ cached virtual / text │ PEFT │ way │ ratio
-        line = rf"{re.escape(row)} +│ +{RATE} │ +\d\.\d+ │ +\d+ / 0 │ +{RATE} │ [^│]+│ +\d+\.\d\d │"
+        line = rf"{re.escape(row)} +│ +{RATE} │ +\d+\.\d+ │ +\d+ / 0 │ +{RATE} │ [^│]+│ +\d+\.\d\d │"
         assert re.search(line, outcome.output), f"{row} is missing in:\n{outcome.output}"
 
 

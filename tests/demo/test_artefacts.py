@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.tasks import ADAPTERS, BASE, BASE_NAME, RECIPES, read_tasks
-from server.tuning.base import quiet_transformers
+from server.tuning.base import quiet_libraries
 
 PEFT_TYPES = {
     "prompt": "PROMPT_TUNING",
@@ -31,7 +31,7 @@ def test_the_base_is_small_and_in_float16() -> None:
 
 
 def test_the_base_loads_without_a_warning_and_its_tokenizer_adds_nothing() -> None:
-    with warnings.catch_warnings(), quiet_transformers():
+    with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("error")
         model = AutoModelForCausalLM.from_pretrained(BASE)
     tokenizer = AutoTokenizer.from_pretrained(BASE)

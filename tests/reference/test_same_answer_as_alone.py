@@ -79,7 +79,7 @@ def test_same_answer_as_alone(
     left_out = sum(assert_same(outcome.results[case.name], case.expected, case.name) for case in expected)
     assert left_out <= len(expected) * MAX_TOKENS // 20, "too many steps near a tie to say that the answers agree"
     assert (outcome.preemptions > 0) == must_preempt
-    assert max(step.adapters for step in outcome.steps) > 5, "the methods were not mixed"
+    assert max(step.adapters for step in outcome.steps) > 3, "the methods were not mixed"
 
 
 def test_the_methods_change_the_answers(cases: tuple[str, list[Case]]) -> None:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from server.tuning.base import quiet_transformers
+from server.tuning.base import quiet_libraries
 
 END = "<end>"
 
@@ -36,7 +36,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         eos_token_id=fast.eos_token_id,
     )
-    with torch.random.fork_rng(), quiet_transformers():
+    with torch.random.fork_rng(), quiet_libraries():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -14,11 +14,12 @@ WriteLines = Callable[..., Path]
 
 def test_lines_become_examples_in_order_with_their_line_numbers(write_lines: WriteLines) -> None:
     path = write_lines(GOOD, "", {"output": "d", "input": "c\u2028"})
-    assert read_examples(path) == [Example("a", "b", 1), Example("c\u2028", "d", 3)]
+    assert read_examples(path) == [Example("a", "b", f"{path}, line 1"), Example("c\u2028", "d", f"{path}, line 3")]
 
 
 def test_an_unescaped_unicode_line_separator_does_not_end_a_line(write_lines: WriteLines) -> None:
-    assert read_examples(write_lines('{"input": "a\u2028b", "output": "c"}')) == [Example("a\u2028b", "c", 1)]
+    (example,) = read_examples(write_lines('{"input": "a\u2028b", "output": "c"}'))
+    assert example.input == "a\u2028b"
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_split_shares_no_example_and_loses_none() -> None:
-    examples = [Example(str(i), "x", i) for i in range(30)]
+    examples = [Example(str(i), "x", f"line {i:02}") for i in range(30)]
     training, validation = split_examples(examples, 0.1, seed=1)
     assert len(validation) == 3
-    assert sorted(training + validation, key=lambda example: example.line) == examples
+    assert sorted(training + validation, key=lambda example: example.where) == examples
     assert split_examples(examples, 0.1, seed=1) == (training, validation)
 
 
 def test_one_example_is_too_few_to_split() -> None:
     with pytest.raises(TuneError, match="too few"):
-        split_examples([Example("a", "b", 1)], 0.1, seed=0)
+        split_examples([Example("a", "b", "line 1")], 0.1, seed=0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.tuning import TuneError, TuneReport, TuneSettings, read_examples, tune
 from server.tuning.adapter import new_adapter
-from server.tuning.base import load_base, quiet_transformers
+from server.tuning.base import load_base, quiet_libraries
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "virtual_tokens": 5, "learning_rate": 0.1},
@@ -54,7 +54,7 @@ def run(base: Path, data: Path, output: Path, **changes: Any) -> tuple[TuneRepor
 def served_loss(base: Path, adapter: Path, data: Path) -> float:
     """Mean loss per output token of the saved adapter, one unpadded example at a time, as the server computes it."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    with quiet_transformers():
+    with quiet_libraries():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     total, tokens = 0.0, 0
     for example in read_examples(data):
