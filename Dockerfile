@@ -1,12 +1,11 @@
 # syntax=docker/dockerfile:1
 #
 # A server on CPU:   docker build -t medley .
-# on CUDA:           docker build -t medley:cuda \
-#                      --build-arg BASE_IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04 \
-#                      --build-arg TORCH_INDEX=https://pypi.org/simple .
+# on CUDA:           docker build -t medley:cuda --build-arg BASE_IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
 #
 # Any Debian or Ubuntu image whose python3 is 3.11 or 3.12 serves as BASE_IMAGE; one without Python gets its own.
-# TORCH_INDEX is where the torch wheel comes from: PyPI's carries the CUDA libraries, the default's does not.
+# The torch wheel of pip's default index carries the CUDA libraries, which a CPU image does without: TORCH_INDEX may
+# name an index whose wheels do not.
 
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
@@ -22,14 +21,14 @@ RUN if ! command -v python3 > /dev/null; then \
     fi
 
 FROM python AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/src/constraints.txt
 WORKDIR /src
 COPY constraints.txt ./
 # Torch alone first: by far the largest, and the same until its pin changes. What it needs comes with the rest.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/medley \
-    && /opt/medley/bin/pip install --no-deps --index-url "${TORCH_INDEX}" torch
+    && /opt/medley/bin/pip install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/medley/bin/pip install .

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; absent: all")
     parser.add_argument("--tasks", nargs="+", help="tasks whose adapters are tuned; absent: all")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # sums are rounded alike, however many cores there are
     with TemporaryDirectory(prefix="medley-demo-") as folder:
         work = Path(folder)
         if "tokenizer" in options.only:

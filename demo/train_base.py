@@ -28,7 +28,7 @@ LENGTH_EXPONENT = 0.8  # a document's output of n tokens weighs n^(1 - LENGTH_EX
 class BaseSettings:
     """How the base is trained."""
 
-    steps: int = 6000
+    steps: int = 4500
     batch_size: int = 48  # documents of one step, drawn at random
     chunk_size: int = 16  # documents of one forward pass, alike in length
     matrix_learning_rate: float = 0.01

@@ -6,12 +6,12 @@ server answers with less than what was trained, so it refuses the checkpoint (`c
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -21,6 +21,7 @@ from server.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_MOST_CONFIG_BYTES = 2**20  # parsing holds the interpreter's lock, so a step that is due waits for it
 _LARGEST = sys.float_info.max
 
 # Keys of PEFT's configs that say how an adapter was trained or found, not what it computes.
@@ -128,9 +129,12 @@ class Checkpoint:
 
 
 def _parse_config(content: bytes) -> dict[str, Any]:
+    if len(content) > _MOST_CONFIG_BYTES:
+        message = f"{CONFIG_FILE} has {len(content)} bytes; at most {_MOST_CONFIG_BYTES} are possible"
+        raise AdapterError("too_large", message, CONFIG_FILE)
     try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        config = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AdapterError("bad_config", f"{CONFIG_FILE} is not JSON: {error}", CONFIG_FILE) from error
     if not isinstance(config, dict):
         raise AdapterError("bad_config", f"{CONFIG_FILE} is not a JSON object", CONFIG_FILE)

@@ -192,5 +192,8 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_unforeseen(request: Request, error: Exception) -> Response:
     _log.error("request failed by a fault of the server", exc_info=error)
-    headers = {REQUEST_ID_HEADER: request.state.request_id}  # the middleware that adds it has been left already
+    headers = {
+        REQUEST_ID_HEADER: request.state.request_id,  # the middleware that adds it has been left already
+        "Connection": "close",  # the HTTP server closes it after a fault, and a client is to know
+    }
     return error_response("internal_error", "the server made a mistake; its log says more", status=500, headers=headers)

@@ -40,6 +40,7 @@ from server.engine.protocol import (
     ToEngine,
 )
 from server.errors import AdapterError, RequestError, StartupError
+from server.logs import configure_logging
 from server.model import FrozenBase, KVCache
 from server.model.fingerprint import fingerprint, resolve_folder
 
@@ -56,6 +57,7 @@ def main(descriptor: int) -> int:
     first = channel.receive()
     if not isinstance(first, Configure):
         return 0  # the parent went before it said anything
+    configure_logging(first.log_level, first.log_format)
     try:
         process = EngineProcess(channel, first)
     except StartupError as error:

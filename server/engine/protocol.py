@@ -10,6 +10,8 @@ so the engine knows token ids only. This module knows no torch.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -33,6 +35,8 @@ class Configure(Message, frozen=True, kw_only=True):
     max_queue: int
     blobs: str  # the blob store's folder
     cache: str  # a folder for what may be computed again: fingerprints
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):

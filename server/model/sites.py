@@ -9,6 +9,7 @@ input scale gives Mₖ(x) = Mₖ₋₁(l ⊙ x), everything else adds to or scal
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,24 +20,24 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class RowDelta:
+class RowDelta(ABC):
     """One adapter's change of one module, applied to the rows of that adapter, in place."""
 
     changes_input: bool = False
 
-    def change_input(self, inputs: Tensor) -> None:
+    def change_input(self, inputs: Tensor) -> None:  # noqa: B027 - most change outputs only
         """Change `[tokens, in]`, a copy that is this site's own."""
 
-    def change_output(self, inputs: Tensor, outputs: Tensor) -> None:
+    def change_output(self, inputs: Tensor, outputs: Tensor) -> None:  # noqa: B027 - some change inputs only
         """Change `outputs` `[tokens, out]`, given Mₖ's `inputs` `[tokens, in]`."""
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What it keeps resident."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to(self, device: torch.device) -> RowDelta:
         """The same delta with its tensors on `device`."""
-        raise NotImplementedError
 
 
 class Segment(NamedTuple):

@@ -41,6 +41,8 @@ def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
         max_queue=settings.max_queue,
         blobs=str(blobs_folder(settings, data)),
         cache=str(data.cache),
+        log_level=settings.log_level,
+        log_format=settings.log_format,
     )
 
 

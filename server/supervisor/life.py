@@ -14,12 +14,12 @@ from uvicorn.loops.auto import auto_loop_factory
 from adapters_store import DataFolder, LocalBlobs, RedisIndex, StoreError, StoreUnavailable, TaskDirectory
 from server.api import LastUsed, Metrics, Services, create_app
 from server.errors import MedleyError, RequestError, StartupError
+from server.logs import configure_logging
 from server.settings import Settings
 from server.supervisor.configuration import blobs_folder, engine_configuration
 from server.supervisor.demo_tasks import commands_to_try, publish_demo
 from server.supervisor.engine_child import EngineChild
 from server.supervisor.http_server import HttpServer, listen, url_of
-from server.supervisor.logs import configure_logging
 from server.supervisor.redis_child import RedisChild
 from server.supervisor.signals import StopSignals
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Body(BaseModel):
     """A JSON body. A field given as null is a field left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """JSON can spell one half of a surrogate pair, which no tokenizer and no encoding takes."""
+        if _has_surrogate(value):
+            raise PydanticCustomError("unicode", "one half of a surrogate pair is no text; send whole characters")
+        return value
 
 
 def example(**fields: Any) -> ConfigDict:
@@ -38,3 +49,18 @@ class StreamOptions(Body):
 
 
 User = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+def _has_surrogate(value: Any) -> bool:
+    rest = [value]  # a list, not recursion: JSON may be nested as deeply as Python can read it
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            if not item.isascii() and _SURROGATE.search(item):
+                return True
+        elif isinstance(item, list):
+            rest += item
+        elif isinstance(item, dict):
+            rest += item
+            rest += item.values()
+    return False

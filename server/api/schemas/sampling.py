@@ -58,7 +58,7 @@ class SamplingFields(Body):
     max_tokens: int | None = Field(None, ge=0, description="most tokens of the answer")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 or -1: all")
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
