@@ -65,6 +65,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "shutting_down": 503,
     "store_unavailable": 503,
     "deadline_exceeded": 504,
+    "adapter_too_large": 507,
     "store_full": 507,
 }
 

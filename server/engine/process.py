@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -112,10 +113,11 @@ class EngineProcess:
 
     def _write(self) -> None:
         try:
-            while True:
-                self._channel.send(self._outgoing.get())
-        except OSError:
-            self._loop.stop()  # the other side is gone
+            with suppress(OSError):  # the other side is gone
+                while True:
+                    self._channel.send(self._outgoing.get())
+        finally:
+            self._loop.stop()  # an engine that cannot say anything more must not stay
 
     def _inspect(self, message: Inspect) -> None:
         try:

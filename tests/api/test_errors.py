@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -43,6 +44,7 @@ def check_shape(response: httpx.Response) -> dict[str, Any]:
         ({"temperature": 2.5}, "invalid_request", "temperature"),
         ({"top_p": 0}, "invalid_request", "top_p"),
         ({"top_k": -2}, "invalid_request", "top_k"),
+        ({"top_k": 2**63}, "invalid_request", "top_k"),
         ({"min_p": 1.5}, "invalid_request", "min_p"),
         ({"repetition_penalty": 0}, "invalid_request", "repetition_penalty"),
         ({"presence_penalty": 3}, "invalid_request", "presence_penalty"),
@@ -97,6 +99,14 @@ def test_numbers_are_finite(http: httpx.Client, value: str) -> None:
     response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert check_shape(response)["param"] == "temperature"
+
+
+@pytest.mark.parametrize("field", ["model", "prompt", "stop", "user"])
+def test_half_a_surrogate_pair_is_refused_by_the_field_that_holds_it(http: httpx.Client, field: str) -> None:
+    content = json.dumps({**GOOD, field: "a\ud800"})
+    response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert check_shape(response)["param"] == field
 
 
 def test_unknown_paths_and_methods_have_the_same_shape(http: httpx.Client) -> None:
