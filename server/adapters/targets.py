@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -71,12 +72,17 @@ def matched(pattern: str, module: str, key: str) -> regex.Match[str] | None:
     engine's thread go on meanwhile.
     """
     try:
-        return regex.match(pattern, module, timeout=_MATCH_SECONDS, concurrent=True)
+        return _compiled(pattern).match(module, timeout=_MATCH_SECONDS, concurrent=True)
     except regex.error as error:
         raise AdapterError("bad_config", f"{key}: {pattern!r} is no regular expression: {error}", key) from error
     except TimeoutError as error:
         message = f"{key}: {pattern!r} takes longer than {_MATCH_SECONDS} s on {module}; write a simpler expression"
         raise AdapterError("bad_config", message, key) from error
+
+
+@lru_cache(maxsize=2048)  # the library's own cache holds fewer than the rank patterns of one large adapter
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, key: str, default: Any) -> Any:

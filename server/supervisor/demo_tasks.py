@@ -7,6 +7,7 @@ under way, so that the next start completes one that was cut off.
 from __future__ import annotations
 
 import shlex
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ async def publish_demo(services: Services, marker: Path) -> None:
 
 def commands_to_try(url: str) -> list[str]:
     """A few commands for a shell, each of which shows one demo task at work."""
+    medley = shlex.quote(sys.argv[0])  # as it was called for this server: it need not be on the PATH
     return [
-        f"medley generate {entry.task} {shlex.quote(entry.example)} --url {url}" for entry in demo_tasks()[:_COMMANDS]
+        f"{medley} generate {entry.task} {shlex.quote(entry.example)} --url {url}" for entry in demo_tasks()[:_COMMANDS]
     ]
 
 

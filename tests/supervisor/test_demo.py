@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server_process import ServerProcess, run_medley, write_long_base
+from tests.server_process import MEDLEY, ServerProcess, run_medley, write_long_base
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_demo_tasks_go_into_an_empty_index_once_and_a_cut_off_publication_is
         assert len(commands) == 2
         for command in commands:
             program, *arguments = shlex.split(command)
-            assert program == "medley"
+            assert Path(program).samefile(MEDLEY)
             result = run_medley(*arguments)
             assert result.returncode == 0, result.stderr
             assert result.stdout.strip()
