@@ -48,6 +48,7 @@ class Settings(BaseSettings):
 
     max_queue: PositiveInt = Field(1024, description="requests that may wait; one more gets 429")
     max_choices: PositiveInt = Field(16, description="largest `n` of one request")
+    max_uploads: PositiveInt = Field(8, description="uploads at once; one more gets 429")
     max_batch_requests: PositiveInt = Field(256, description="prompts or items of one HTTP request")
     max_body_bytes: PositiveInt = Field(8 * MIB, description="bytes of one JSON body")
     max_upload_bytes: PositiveInt = Field(512 * MIB, description="bytes of one uploaded adapter")

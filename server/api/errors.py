@@ -58,6 +58,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "too_large": 413,
     "unsupported_media_type": 415,
     "queue_full": 429,
+    "too_many_uploads": 429,
     "internal_error": 500,
     "not_finite_logits": 500,
     "adapter_unavailable": 503,

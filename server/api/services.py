@@ -7,6 +7,8 @@ until `serve` is called, and generating requests answer 503 `not_ready` until th
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,7 +49,7 @@ class ServedBase:
 
 @dataclass
 class Services:
-    """See the module. The last four fields change while the server runs."""
+    """See the module. The last five fields change while the server runs."""
 
     settings: Settings
     index: RedisIndex
@@ -59,10 +61,23 @@ class Services:
     ready: bool = False  # set once whatever start-up publishes is published
     draining: bool = False  # set on shutdown: new requests are refused
     open_requests: int = 0  # under way, streams until their end
+    open_uploads: int = 0
 
     def serve(self, engine: EngineClient, facts: BaseFacts) -> None:
         """The engine is ready: requests can be answered."""
         self.base = ServedBase(engine, facts)
+
+    @contextmanager
+    def upload(self) -> Iterator[None]:
+        """Hold one of the places for uploads, each of which may fill the disk by its limit; `RequestError` without."""
+        if self.open_uploads >= self.settings.max_uploads:
+            message = f"{self.open_uploads} uploads are under way, which is the server's limit; ask again soon"
+            raise RequestError("too_many_uploads", message)
+        self.open_uploads += 1
+        try:
+            yield
+        finally:
+            self.open_uploads -= 1
 
     def require_base(self) -> ServedBase:
         """The base; `RequestError` while it is loading."""

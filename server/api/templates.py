@@ -27,6 +27,7 @@ from server.errors import RequestError
 MAX_SOURCE = 65_536  # characters of a template
 MAX_OUTPUT = 4_000_000  # characters of a prompt; any model's length is reached long before
 _MAX_BITS = 4096  # of an integer
+_MAX_RANGE = 100_000  # items of all of a rendering's ranges together: nested loops multiply
 # What a template raises over variables that it was not written for.
 _REFUSALS = (
     TemplateError,
@@ -65,7 +66,7 @@ class PromptTemplate:
         pieces: list[str] = []
         length = 0
         try:
-            for piece in self._template.generate(variables):
+            for piece in self._template.generate({**variables, "range": _Range()}):
                 pieces.append(piece)
                 length += len(piece)
                 if length > MAX_OUTPUT:
@@ -92,6 +93,21 @@ class _GenerationBlock(Extension):
         """The block's content."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Range:
+    """`range` for one rendering, with a bound on the items of all its calls."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_RANGE
+
+    def __call__(self, *arguments: int) -> range:
+        """Python's `range`."""
+        items = range(*arguments)
+        self._left -= len(items)
+        if self._left < 0:
+            raise SecurityError(f"the ranges of a template have at most {_MAX_RANGE} items together")
+        return items
 
 
 class _TooLongError(TemplateError):

@@ -4,7 +4,8 @@ One task reads what the engine says and puts it into the queue of the request th
 touches the stream. A queue holds at most what its sequences may still generate (`max_tokens` each), so a slow
 reader delays nobody and needs no further bound. Every open request gets exactly one end: its sequences finish, or
 `RequestError` is raised: the engine's own, `deadline_exceeded` when the engine stays silent past the deadline, or
-`engine_dead` when the stream from the engine ends. It knows neither text nor HTTP, and no torch.
+`engine_dead` (`shutting_down` after `close`) when the stream from the engine ends.
+It knows neither text nor HTTP, and no torch.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class EngineClient:
         self._inspections: dict[str, asyncio.Future[Inspected]] = {}
         self._ready: asyncio.Future[BaseFacts] = asyncio.get_running_loop().create_future()
         self._fatal: str | None = None
+        self._is_closing = False
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
@@ -147,7 +149,8 @@ class EngineClient:
         return self._fatal
 
     async def close(self) -> None:
-        """Give the socket back; whatever is open ends with `engine_dead`."""
+        """Give the socket back; whatever is open ends with `shutting_down`."""
+        self._is_closing = True
         await self._channel.close()
         if self._reader is not None:
             await self._reader
@@ -235,6 +238,8 @@ class EngineClient:
             self._ready.set_exception(StartupError(self._fatal or "the engine process ended before it was ready"))
 
     def _dead(self) -> RequestError:
+        if self._is_closing:
+            return RequestError("shutting_down", "the server is shutting down; ask again soon")
         words = f": {self._fatal}" if self._fatal else ""
         return RequestError("engine_dead", f"the engine process is gone{words}; the server is about to restart")
 

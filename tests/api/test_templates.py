@@ -52,6 +52,7 @@ def test_a_chat_template_refuses_with_its_own_words() -> None:
         ("{{ 9 ** 99999 }}", "bits"),
         ("{% for _ in range(3) %}{{ 2 ** 4000 * 2 ** 4000 }}{% endfor %}", "bits"),
         ("{% for i in range(99999999) %}{% endfor %}", "[Rr]ange"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "[Rr]ange"),
         ("{% for i in range(99999) %}{{ input * 100 }}{% endfor %}", "more than"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division"),

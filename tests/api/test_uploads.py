@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +188,23 @@ def test_names_are_checked(http: httpx.Client, adapter_folders: dict[str, Path])
     assert refused(http.post("/v1/tasks/tiny-llama/versions", files=files)) == (409, "reserved")
     for name in ("-x", "a b", "a@2", "a" * 129):
         assert refused(http.post(f"/v1/tasks/{name}/versions", files=files)) == (400, "invalid_request")
+
+
+def test_uploads_beyond_the_servers_places_are_told_to_come_back(
+    server: ServerThread, http: httpx.Client, task: str, parts: Parts
+) -> None:
+    """Every place is held by an upload whose body does not end."""
+    port = int(server.url.rsplit(":", 1)[1])
+    head = f"POST /v1/tasks/{task}/versions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    with ExitStack() as held:
+        for _ in range(server.services.settings.max_uploads):
+            connection = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(f"{head}Content-Length: 1000\r\n\r\n--b\r\n".encode())
+        while server.services.open_uploads < server.services.settings.max_uploads:
+            time.sleep(0.01)
+        refused = upload(http, task, parts)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_uploads")
+        assert int(refused.headers["Retry-After"]) > 0
+    while server.services.open_uploads:
+        time.sleep(0.01)
+    assert upload(http, task, parts).status_code == 201

@@ -61,7 +61,7 @@ def test_what_outlasts_the_drain_ends_with_an_error_and_the_server_with_0(start:
     with long_stream(server) as lines:
         server.signal(signal.SIGTERM)
         *_, last = lines
-    assert json.loads(last.removeprefix("data:"))["error"]["code"] == "engine_dead"
+    assert json.loads(last.removeprefix("data:"))["error"]["code"] == "shutting_down"
     assert server.wait() == 0
     assert server.orphans() == []
 
@@ -74,7 +74,7 @@ def test_ctrl_c_drains_and_a_second_one_does_not_wait_for_it(start: Start) -> No
             pass
         to_group(server, signal.SIGINT)
         *_, last = lines
-    assert json.loads(last.removeprefix("data:"))["error"]["code"] == "engine_dead"
+    assert json.loads(last.removeprefix("data:"))["error"]["code"] == "shutting_down"
     assert server.wait() == 0
     assert server.orphans() == []
 

@@ -133,7 +133,7 @@ def version_json(version: Version, base: ServedBase, *, is_active: bool) -> dict
 async def _receive(services: Services, task: str, request: Request, *, activate: bool, dry_run: bool) -> Response:
     check_task_name(services, task)
     base = services.require_base()
-    with services.blobs.staging() as folder:
+    with services.upload(), services.blobs.staging() as folder:
         content_type = request.headers.get("content-type", "")
         await receive_files(content_type, request.stream(), folder, services.settings.max_upload_bytes)
         if dry_run:

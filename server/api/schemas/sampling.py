@@ -62,7 +62,7 @@ class SamplingFields(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="over prompt and answer")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="over prompt and answer")
     logit_bias: LogitBias = Field(None, description="token id → added to its logit")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings = Field(None, description="text that ends the answer; not returned")
