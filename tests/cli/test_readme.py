@@ -74,3 +74,14 @@ def test_the_python_of_the_readme_runs(demo: ServerProcess, capsys: pytest.Captu
         client = names.get("client")
         if client is not None:
             client.close()  # type: ignore[attr-defined]
+
+
+def test_the_readmes_tree_has_a_phrase_for_every_module() -> None:
+    tree = README.read_text().split("## What is where")[1].split("```")[1]
+    phrases = {line.split()[0] for line in tree.splitlines() if len(line.split()) > 1}
+    root = README.parent
+    for package in ("adapters_store", "server", "demo", "benchmarks"):
+        for module in (root / package).rglob("*.py"):
+            assert module.name in phrases or module.name == "__init__.py", (
+                f"{module.relative_to(root)} is not in the tree"
+            )
