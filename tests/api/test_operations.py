@@ -12,6 +12,7 @@ from structlog.testing import LogCapture
 from server.engine.protocol import StepStats
 from tests.api.conftest import BASE_ID as BASE
 from tests.api.conftest import Scripted
+from tests.conftest import silence_log
 
 
 def test_a_request_id_is_taken_or_made_and_stands_in_the_log(
@@ -26,7 +27,7 @@ def test_a_request_id_is_taken_or_made_and_stands_in_the_log(
         made = http.get("/v1/nothing")
         bad = http.get("/v1/nothing", headers={"X-Request-ID": "a b\tc" * 40})
     finally:
-        structlog.reset_defaults()
+        silence_log()
     assert given.headers["x-request-id"] == "abc-1"
     assert len({made.headers["x-request-id"], bad.headers["x-request-id"], "abc-1"}) == 3
     lines = {entry["request_id"]: entry for entry in capture.entries if entry["event"] == "request"}
