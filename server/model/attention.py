@@ -70,16 +70,17 @@ def _attention_function(
 AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeGroup:
     """Rows of one token each, of like context length, that attend in one call."""
 
-    tokens: Tensor  # [rows], their index in the packed step
+    start: int  # its rows among the step's decode rows
+    stop: int
     block_tables: Tensor  # [rows, pages], padded with the null page
     lengths: Tensor  # [rows], context length, the token itself included
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefillRow:
     """A row of several tokens, at the end of its context."""
 
@@ -95,7 +96,8 @@ class AttentionPlan:
 
     slots: Tensor  # [writes], cache slots
     sources: Tensor | None  # [writes], token of each slot; None: token i to slots[i]
-    decode: list[DecodeGroup]
+    decode_tokens: Tensor  # [decode rows], their index in the packed step
+    decode: list[DecodeGroup]  # together all decode rows, in the order of `decode_tokens`
     prefill: list[PrefillRow]
 
 
@@ -105,7 +107,7 @@ class PagedAttention:
 
     cache: KVCache
     plan: AttentionPlan
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[DecodeGroup | PrefillRow, int | None], Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
@@ -115,59 +117,79 @@ class PagedAttention:
         else:
             self.cache.write(layer, plan.slots, key, value)
         output = torch.empty_like(query)
-        pages = self.cache.layers[layer]
-        for index, group in enumerate(plan.decode):
-            mask = self._decode_mask(index, group, options.sliding_window)
-            output[group.tokens] = _decode(query[group.tokens], pages, group, mask, options)
+        if plan.decode:
+            decoded = query.index_select(0, plan.decode_tokens)  # overwritten group by group
+            for group in plan.decode:
+                self._decode(layer, decoded[group.start : group.stop], group, options)
+            output.index_copy_(0, plan.decode_tokens, decoded)
         for row in plan.prefill:
-            output[row.start : row.stop] = _prefill(query[row.start : row.stop], pages, row, options)
+            tokens = slice(row.start, row.stop)
+            output[tokens] = self._prefill(layer, query[tokens], key[tokens], value[tokens], row, options)
         return output
 
-    def _decode_mask(self, index: int, group: DecodeGroup, window: int | None) -> Tensor:
-        """`[rows, context]`, True where the row's token looks; the same in every layer of the step."""
-        mask = self._masks.get((index, window))
+    def _decode(self, layer: int, query: Tensor, group: DecodeGroup, options: AttentionOptions) -> None:
+        """One token per row, in place on `query` `[rows, heads, head_dim]`. The query heads that share a KV head stand
+        as that head's query tokens, so that keys and values are never repeated."""
+        rows, heads, head_dim = query.shape
+        keys, values = (
+            part.view(rows, -1, *part.shape[2:]).transpose(1, 2)  # [rows, kv_heads, context, head_dim]
+            for part in self.cache.gather(layer, group.block_tables.flatten())
+        )
+        kv_heads = keys.shape[1]
+        grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
+        sinks = None if options.sinks is None else options.sinks.view(1, kv_heads, heads // kv_heads, 1)
+        mask = self._decode_mask(group, options.sliding_window, query.dtype)
+        query.copy_(_weighted_values(grouped, keys, values, mask, options, sinks).view(rows, heads, head_dim))
+
+    def _decode_mask(self, group: DecodeGroup, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`[rows, 1, 1, context]`, 0 where the row's token looks, else -inf; the same in every layer of the step."""
+        mask = self._masks.get((group, window))
         if mask is None:
-            positions = torch.arange(group.block_tables.shape[1] * self.cache.page_size, device=group.lengths.device)
-            mask = positions < group.lengths[:, None]
+            length = group.lengths[:, None]
+            positions = torch.arange(group.block_tables.shape[1] * self.cache.page_size, device=length.device)
+            seen = positions < length
             if window is not None:
-                mask &= positions >= group.lengths[:, None] - window
-            self._masks[index, window] = mask
+                seen &= positions >= length - window
+            mask = self._masks[group, window] = _additive(seen, dtype)[:, None, None]
+        return mask
+
+    def _prefill(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: PrefillRow, options: AttentionOptions
+    ) -> Tensor:
+        """Several tokens of one row. `query` `[tokens, heads, head_dim]`; `key` and `value` are the row's own."""
+        tokens, heads, head_dim = query.shape
+        if row.length > tokens:
+            key, value = (part.flatten(0, 1)[: row.length] for part in self.cache.gather(layer, row.block_table))
+        kv_heads = key.shape[1]
+        repeats = heads // kv_heads
+        sinks = None
+        if options.sinks is not None:
+            sinks = options.sinks.repeat_interleave(tokens).view(1, kv_heads, repeats * tokens, 1)
+        # [kv_heads, heads per KV head · tokens, head_dim]: as in `_decode`, KV heads are not repeated
+        grouped = query.transpose(0, 1).reshape(1, kv_heads, repeats * tokens, head_dim)
+        mask = self._prefill_mask(row, tokens, options.sliding_window, query.dtype).repeat(1, 1, repeats, 1)
+        output = _weighted_values(
+            grouped, key.transpose(0, 1)[None], value.transpose(0, 1)[None], mask, options, sinks
+        )
+        return output.view(heads, tokens, head_dim).transpose(0, 1)
+
+    def _prefill_mask(self, row: PrefillRow, tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`[1, 1, tokens, context]`: each token sees what is not after it, within the window."""
+        mask = self._masks.get((row, window))
+        if mask is None:
+            device = row.block_table.device
+            position = torch.arange(row.length - tokens, row.length, device=device)[:, None]
+            context = torch.arange(row.length, device=device)
+            seen = context <= position
+            if window is not None:
+                seen &= context > position - window
+            mask = self._masks[row, window] = _additive(seen, dtype)[None, None]
         return mask
 
 
-def _decode(query: Tensor, pages: Tensor, group: DecodeGroup, mask: Tensor, options: AttentionOptions) -> Tensor:
-    """One token per row. `query` `[rows, heads, head_dim]`; the query heads that share a KV head stand as
-    that head's query tokens, so that keys and values are never repeated."""
-    rows, heads, head_dim = query.shape
-    kv_heads = pages.shape[-2]
-    gathered = pages.index_select(1, group.block_tables.flatten())
-    keys, values = gathered.view(2, rows, -1, kv_heads, head_dim).transpose(2, 3)  # [rows, kv_heads, context, dim]
-    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-    sinks = None if options.sinks is None else options.sinks.view(1, kv_heads, heads // kv_heads, 1)
-    output = _weighted_values(grouped, keys, values, mask[:, None, None], options, sinks)
-    return output.reshape(rows, heads, head_dim)
-
-
-def _prefill(query: Tensor, pages: Tensor, row: PrefillRow, options: AttentionOptions) -> Tensor:
-    """Several tokens of one row. `query` `[tokens, heads, head_dim]`."""
-    tokens, heads, head_dim = query.shape
-    kv_heads = pages.shape[-2]
-    keys, values = pages.index_select(1, row.block_table).flatten(1, 2)[:, : row.length].transpose(1, 2)
-    position = torch.arange(row.length - tokens, row.length, device=query.device)[:, None]
-    context = torch.arange(row.length, device=query.device)
-    mask = context <= position
-    if options.sliding_window is not None:
-        mask &= context > position - options.sliding_window
-    # [kv_heads, heads per KV head · tokens, dim]: as in `_decode`, KV heads are not repeated
-    grouped = query.transpose(0, 1).reshape(kv_heads, -1, head_dim)
-    repeats = heads // kv_heads
-    sinks = None
-    if options.sinks is not None:
-        sinks = options.sinks.repeat_interleave(tokens).view(1, kv_heads, repeats * tokens, 1)
-    output = _weighted_values(
-        grouped[None], keys[None], values[None], mask.repeat(repeats, 1)[None, None], options, sinks
-    )
-    return output.view(heads, tokens, head_dim).transpose(0, 1)
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _weighted_values(
@@ -178,14 +200,14 @@ def _weighted_values(
     options: AttentionOptions,
     sinks: Tensor | None,
 ) -> Tensor:
-    """softmax(scaling · q kᵀ) v, with the class's cap and sinks. All `[rows, heads, tokens, dim]`."""
+    """softmax(scaling · q kᵀ + mask) v, with the class's cap and sinks. All `[rows, heads, tokens, dim]`."""
     if options.softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=options.scaling)
     scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
     scores = (query @ keys.transpose(-1, -2)).float() * scaling
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1)[..., : keys.shape[-2]]

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.errors import StartupError
 from server.model.attention import IMPLEMENTATION, Attention
+from server.model.fused import fuse
+from server.model.heap import keep_freed_memory
 from server.model.kv_cache import LayerShape
 from server.model.probe import probe
 from server.model.sites import SitePlan, Sites, SiteShape
@@ -46,6 +48,9 @@ class FrozenBase:
         model.set_attn_implementation(IMPLEMENTATION)
         self.embedding: nn.Module = model.get_input_embeddings()
         self.sites = Sites(model, model.get_output_embeddings())
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        fuse(model, self.sites)
 
     @classmethod
     def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:

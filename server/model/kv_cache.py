@@ -42,6 +42,7 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         self.layers = [torch.empty(2, num_pages, page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
         self.zero([NULL_PAGE])
 
     @staticmethod
@@ -54,6 +55,21 @@ class KVCache:
         flat = self.layers[layer].flatten(1, 2)
         flat[0].index_copy_(0, slots, keys)
         flat[1].index_copy_(0, slots, values)
+
+    def gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `pages` `[n]`, side by side: each `[n, page_size, kv_heads, head_dim]`.
+
+        Valid until the next call: the memory is used again, so that what is gathered for one group of rows and layer
+        after the other stays in the processor's cache.
+        """
+        keys, values = self.layers[layer]
+        size = len(pages) * keys[0].numel()
+        if self._gathered.numel() < 2 * size:
+            self._gathered = self._gathered.new_empty(2 * size)
+        gathered = self._gathered[: 2 * size].view(2, len(pages), *keys.shape[1:])
+        torch.index_select(keys, 0, pages, out=gathered[0])
+        torch.index_select(values, 0, pages, out=gathered[1])
+        return gathered[0], gathered[1]
 
     def zero(self, pages: Sequence[int]) -> None:
         """Clear pages that are handed out anew.

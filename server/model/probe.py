@@ -169,6 +169,7 @@ def _plan(tables: Tensor, done: list[int], counts: list[int]) -> AttentionPlan:
     device = tables.device
     slots: list[Tensor] = []
     decode: list[DecodeGroup] = []
+    decode_tokens: list[int] = []
     prefill: list[PrefillRow] = []
     start = 0
     for row, (at, count) in enumerate(zip(done, counts, strict=True)):
@@ -177,12 +178,15 @@ def _plan(tables: Tensor, done: list[int], counts: list[int]) -> AttentionPlan:
         if count == 1:
             decode.append(
                 DecodeGroup(
-                    tokens=torch.tensor([start], device=device),
+                    start=len(decode),
+                    stop=len(decode) + 1,
                     block_tables=tables[row : row + 1],
                     lengths=torch.tensor([at + 1], device=device),
                 )
             )
+            decode_tokens.append(start)
         elif count:
             prefill.append(PrefillRow(start, start + count, tables[row], at + count))
         start += count
-    return AttentionPlan(torch.cat(slots), None, decode, prefill)
+    tokens = torch.tensor(decode_tokens, dtype=torch.long, device=device)
+    return AttentionPlan(torch.cat(slots), None, tokens, decode, prefill)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.model import products
+
 
 class RowDelta(ABC):
     """One adapter's change of one module, applied to the rows of that adapter, in place."""
@@ -65,15 +67,29 @@ class Sites:
     """All sites of one model, by their module's name in it."""
 
     def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
-        """Wrap every linear module (`nn.Linear`, or `Conv1D` with its transposed weight)."""
+        """Wrap every linear module (`nn.Linear`, or `Conv1D` with its transposed weight), its weight packed where that
+        is possible."""
         self.shapes: dict[str, SiteShape] = {}
         self._plan: SitePlan = {}
+        self._packed: set[nn.Module] = set()
         for name, module in model.named_modules():
             shape = _linear_shape(module)
             if shape is None:
                 continue
             self.shapes[name] = SiteShape(*shape, is_head=module is head)
-            module.forward = self._wrap(name, module.forward)
+            forward = module.forward
+            if products.can_pack(module):
+                forward = products.pack(module)
+                self._packed.add(module)
+            module.forward = self._wrap(name, forward)
+
+    def is_packed(self, module: object) -> bool:
+        """Whether it is a site's module with a packed weight."""
+        return module in self._packed
+
+    def touches(self, names: Iterable[str]) -> bool:
+        """Whether the step under way has deltas at one of these sites."""
+        return not self._plan.keys().isdisjoint(names)
 
     def _wrap(self, name: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(inputs: Tensor) -> Tensor:

@@ -58,17 +58,22 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
         else:
             prefill.append(PrefillRow(at, at + context.count, torch.tensor(context.pages), length))
         at += context.count
+    rng.shuffle(decode)
+    cut = rng.randint(0, len(decode))
     groups = []
-    if decode:
-        width = max(len(pages) for _, pages, _ in decode)
-        groups.append(
-            DecodeGroup(
-                tokens=torch.tensor([token for token, _, _ in decode]),
-                block_tables=torch.tensor([pages + [0] * (width - len(pages)) for _, pages, _ in decode]),
-                lengths=torch.tensor([length for _, _, length in decode]),
+    for start, stop in ((0, cut), (cut, len(decode))):
+        rows = decode[start:stop]
+        if rows:
+            width = max(len(pages) for _, pages, _ in rows)
+            groups.append(
+                DecodeGroup(
+                    start=start,
+                    stop=stop,
+                    block_tables=torch.tensor([pages + [0] * (width - len(pages)) for _, pages, _ in rows]),
+                    lengths=torch.tensor([length for _, _, length in rows]),
+                )
             )
-        )
-    return AttentionPlan(torch.tensor(slots), None, groups, prefill)
+    return AttentionPlan(torch.tensor(slots), None, torch.tensor([token for token, _, _ in decode]), groups, prefill)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

@@ -1,0 +1,134 @@
+"""Faster forms of what stands between a base's matrix products, each kept only where it gives what the class's own code
+gives.
+
+A form is tried on random input against the module's own forward when the base is loaded; where they differ by more than
+rounding, or the class does not look as expected, its own code stays. Nothing here knows a class by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from server.model import products
+from server.model.sites import Sites
+
+_TOLERANCE = {torch.float32: 1e-5}  # of the largest value
+_LOW_PRECISION_TOLERANCE = 2e-2
+_ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"), ("relu", ""))  # as oneDNN's fusion names them
+_ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function that rotates queries and keys
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module, sites: Sites) -> None:
+    """Replace the forward of modules for which a faster equal form is known."""
+    dtype = next(model.parameters()).dtype
+    for name, module in model.named_modules():
+        for candidate, width in [*_norms(module), *_gated_mlps(name, module, sites)]:
+            inputs = torch.randn(1, 3, width, device=next(module.parameters()).device).to(dtype)
+            if _agree(candidate(inputs), module.forward(inputs)):
+                module.forward = candidate
+                break
+        _fuse_rotation(module)
+
+
+def _agree(fused: Tensor, own: Tensor) -> bool:
+    if fused.shape != own.shape or fused.dtype != own.dtype:
+        return False
+    scale = max(float(own.abs().max()), 1.0)
+    return float((fused.float() - own.float()).abs().max()) <= scale * _TOLERANCE.get(own.dtype, _LOW_PRECISION_TOLERANCE)
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+    """Root mean square norms (Zhang and Sennrich 2019), their weight as it is or, as Gemma has it, less one."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float):
+        return
+    if isinstance(module, nn.LayerNorm):
+        return
+    for scale in (weight, (weight.float() + 1).to(weight.dtype)):
+
+        def norm(inputs: Tensor, scale: Tensor = scale) -> Tensor:
+            return functional.rms_norm(inputs, scale.shape, scale, epsilon)
+
+        yield norm, len(weight)
+
+
+def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+    """down(f(gate(x)) ⊙ up(x)), the activation and the product fused into the first two."""
+    gate, up, down = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
+    if not (sites.is_packed(gate) and sites.is_packed(up) and isinstance(down, nn.Module)):
+        return
+    assert isinstance(gate, nn.Module)
+    assert isinstance(up, nn.Module)
+    own = module.forward
+    touched = (f"{name}.gate_proj", f"{name}.up_proj")
+    times_up = products.multiplied(up)
+    for activation, algorithm in _ACTIVATIONS:
+        activated_gate = products.activated(gate, activation, algorithm)
+
+        def mlp(inputs: Tensor, activated_gate: products.Product = activated_gate) -> Tensor:
+            if sites.touches(touched):
+                outputs: Tensor = own(inputs)
+                return outputs
+            outputs = down(times_up(inputs, activated_gate(inputs)))
+            return outputs
+
+        yield mlp, gate.in_features  # type: ignore[misc]
+
+
+def _fuse_rotation(module: nn.Module) -> None:
+    """Give an attention module's forward, otherwise as it is, a rotation in fewer passes over memory."""
+    forward = type(module).forward
+    own = getattr(forward, "__globals__", {}).get(_ROTARY)
+    if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()) or not _rotates_alike(own):
+        return
+    changed = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTARY: rotate},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(changed, module)
+
+
+def _rotates_alike(own: Any) -> bool:
+    """Whether a class's function is `rotate`, in signature and values."""
+    if not callable(own) or list(inspect.signature(own).parameters) != list(inspect.signature(rotate).parameters):
+        return False
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    cos, sin = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    try:
+        rotated = own(query, key, cos, sin)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return all(_agree(fused, given) for fused, given in zip(rotate(query, key, cos, sin), rotated, strict=True))
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021), each dimension paired with the one half a head further.
+
+    `q`, `k` `[1, heads, tokens, head_dim]`, `cos`, `sin` `[1, tokens, width]`; dimensions from `width` on stay.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat([_rotated(heads[..., :width], cos, sin), heads[..., width:]], -1)
+    half = width // 2
+    rotated = heads * cos
+    rotated[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return rotated

@@ -1,0 +1,78 @@
+"""The base's matrix products on a CPU, by oneDNN with weights in its blocked layout.
+
+A weight is reordered once, at load, and takes the place of the original, which is freed: `to_dense` gives it back, bit
+by bit. A product over 1 to 64 rows then takes about half the time that it takes over the plain weight, one over hundreds
+of rows 5 to 15 % less (two Zen 4 cores, float32). What follows a product element by element can be fused into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Product = Callable[[Tensor], Tensor]
+
+# The blocked layout is chosen for a number of rows; that of many rows is the best, or as good, for few as well.
+_ROWS = 1024
+_linear = torch.ops.mkldnn._linear_pointwise
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Whether a linear module's product can run over a packed weight."""
+    if type(module) is not nn.Linear and type(module) is not Conv1D:  # a subclass may do more than the product
+        return False
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(weight.dtype)
+    return supported is not None and bool(supported())
+
+
+def pack(module: nn.Module) -> Product:
+    """Reorder a module's weight (`can_pack`) and return its product, y = x Wᵀ + b."""
+    weight: Tensor = module.weight  # type: ignore[assignment]  # a module's attributes are untyped
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    dense = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
+    packed = torch.ops.mkldnn._reorder_linear_weight(dense.contiguous(), _ROWS)
+    module.weight = nn.Parameter(packed, requires_grad=False)
+
+    def product(inputs: Tensor) -> Tensor:
+        outputs: Tensor = _linear(inputs, packed, bias, "none", [], "")
+        return outputs
+
+    return product
+
+
+def activated(module: nn.Module, activation: str, algorithm: str) -> Product:
+    """A packed module's product with an activation of oneDNN's fused into it: f(x Wᵀ + b)."""
+
+    def product(inputs: Tensor) -> Tensor:
+        outputs: Tensor = _linear(inputs, module.weight, module.bias, activation, [], algorithm)
+        return outputs
+
+    return product
+
+
+def multiplied(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A packed module's product times another tensor, element by element: (x Wᵀ + b) ⊙ z."""
+
+    def product(inputs: Tensor, factor: Tensor) -> Tensor:
+        outputs: Tensor = _linear.binary(inputs, factor, module.weight, module.bias, "mul")
+        return outputs
+
+    return product
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a linear module, packed or not."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, assignment, operator]
+    if weight.is_mkldnn:
+        return weight.to_dense()
+    return weight.t() if isinstance(module, Conv1D) else weight
