@@ -1,0 +1,1 @@
+"""Adapters and answers of the `adapters` library, and the mathematics that gives the same answers."""
