@@ -36,7 +36,12 @@ class Settings(BaseSettings):
         "auto", description="of the base; auto: float32 on CPU, the model's own on CUDA"
     )
     max_seqs: PositiveInt = Field(256, description="rows of one step")
-    max_batch_tokens: PositiveInt = Field(2048, description="tokens of one step; longer prompts are cut into chunks")
+    max_batch_tokens: PositiveInt = Field(2048, description="tokens of one step, running streams' and prompts'")
+    max_prefill_tokens: PositiveInt | None = Field(
+        None,
+        description="prompt tokens that one step computes beside the running streams, which wait for them; longer "
+        "prompts are cut into chunks; absent: 160 on CPU, 2048 on CUDA",
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="positions of one request, virtual ones counted; absent: the model's own"
     )

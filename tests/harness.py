@@ -66,9 +66,11 @@ def make_engine(base: FrozenBase, **limits: int) -> Engine:
 
     def load(files: Mapping[str, str]) -> Adapter:
         checkpoint = Checkpoint.open(Path(files["folder"]), base.dtype)
-        return read_adapter(checkpoint, base.shape).to(base.device)
+        return read_adapter(checkpoint, base.shape)
 
-    return Engine(base, EngineLimits(**{**sizes, **limits}), load)
+    sizes |= limits
+    sizes.setdefault("max_prefill_tokens", sizes["max_batch_tokens"])
+    return Engine(base, EngineLimits(**sizes), load)
 
 
 def greedy(max_tokens: int, **changes: object) -> Sampling:

@@ -5,13 +5,17 @@ method       what a method is, and what it makes of a checkpoint: a prefix, row 
 methods      the table of methods
 <method>     one file each
 deltas       the row deltas that methods share
+pool         the device memory of all adapters, as rows that are picked out by index
+resident     an adapter in the pool: its layout and its place
 bank         the adapters resident on the device, loaded beside the steps, bounded in bytes
 """
 
-from server.adapters.bank import Bank, Resident
+from server.adapters.bank import Bank
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, Prefix
 from server.adapters.methods import METHODS, read_adapter
+from server.adapters.pool import RowPool
+from server.adapters.resident import Resident
 
 __all__ = [
     "METHODS",
@@ -22,5 +26,6 @@ __all__ = [
     "KeyValuePrefix",
     "Prefix",
     "Resident",
+    "RowPool",
     "read_adapter",
 ]

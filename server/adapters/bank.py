@@ -4,8 +4,9 @@ A sequence asks for its stack with a ticket and runs once the ticket is granted;
 never leaves, the least recently used of the rest goes first. Loading (read, check, copy to the device) happens
 on the loader's threads, so the engine's thread only ever looks.
 
-Tickets are granted in the order they came, but one that must wait, for its load or for room, lets later ones
-whose adapters are resident pass: a cold task never stops the hot ones. That lasts for `PATIENCE` looks; then
+Tickets are granted in turn: each client's first in the order they came, then each one's second, and so on, so that
+nobody's many cold adapters come before all of another's. One that must wait, for its load or for room, lets later
+ones whose adapters are resident pass: a cold task never stops the hot ones. That lasts for `PATIENCE` looks; then
 nobody behind passes any more, what is held drains, and the wait of the cold ticket has an end.
 
 Everything but the loads runs on the engine's thread.
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from server.adapters.method import Adapter
+from server.adapters.pool import RowPool
+from server.adapters.resident import Loaded, Resident
 from server.errors import RequestError
 
 logger = logging.getLogger("medley.bank")
@@ -29,7 +33,7 @@ PATIENCE = 64  # looks, one per step, that a ticket without room lets others pas
 _LOADS = 4  # adapters read but not yet resident, at most: what the bank may use of host memory beside itself
 
 Loader = Callable[[Mapping[str, str]], Adapter]
-"""From file names and their blobs' sha256 to the adapter on the device."""
+"""From file names and their blobs' sha256 to the adapter, in host memory."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,13 @@ class AdapterKey:
     files: Mapping[str, str]  # file name → sha256 of its blob
 
 
-@dataclass
-class Resident:
-    """An adapter in the bank."""
-
-    digest: str
-    adapter: Adapter
-    bytes: int
-    holders: int = 0
-
-
 @dataclass(eq=False)
 class Ticket:
     """One sequence's wish for its stack."""
 
     owner: str
     keys: tuple[AdapterKey, ...]
+    client: str = ""  # whose it is
     stack: tuple[Resident, ...] | None = None  # once granted
     error: RequestError | None = None
     refusals: int = field(default=0, repr=False)  # looks that found everything loaded but no room
@@ -63,7 +58,7 @@ class Ticket:
 
 @dataclass
 class _Load:
-    future: Future[Adapter]
+    future: Future[Loaded]
     started: float
     seconds: float = 0.0
     ended: bool = False  # when the look under way began: all tickets of a look see the same
@@ -72,9 +67,11 @@ class _Load:
 class Bank:
     """See the module."""
 
-    def __init__(self, capacity: int, loader: Loader, wake: Callable[[], None]) -> None:
-        """`capacity` in bytes. `wake` is called from a loader's thread when a load has ended."""
+    def __init__(self, capacity: int, pool: RowPool, loader: Loader, wake: Callable[[], None]) -> None:
+        """`capacity` in bytes, of which `pool` has as many. `wake` is called from a loader's thread when a load has
+        ended."""
         self.capacity = capacity
+        self.pool = pool
         self.used = 0
         self.load_seconds: list[float] = []  # of loads that became resident, until somebody takes them
         self._loader = loader
@@ -82,7 +79,7 @@ class Bank:
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._queue: list[Ticket] = []
         self._loads: dict[str, _Load] = {}
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -92,9 +89,9 @@ class Bank:
         """Tickets not yet granted."""
         return len(self._queue)
 
-    def request(self, owner: str, keys: Sequence[AdapterKey]) -> Ticket:
+    def request(self, owner: str, keys: Sequence[AdapterKey], client: str = "") -> Ticket:
         """Queue for a stack; `advance` says when it is granted."""
-        ticket = Ticket(owner, tuple(keys))
+        ticket = Ticket(owner, tuple(keys), client)
         self._queue.append(ticket)
         return ticket
 
@@ -109,11 +106,11 @@ class Bank:
         ticket.stack = None
 
     def advance(self) -> list[Ticket]:
-        """Look once: the tickets that are now granted or failed, in the order they came."""
+        """Look once: the tickets that are now granted or failed, in their clients' turn."""
         settled: list[Ticket] = []
         for load in self._loads.values():
             load.ended = load.future.done()
-        for ticket in list(self._queue):
+        for ticket in self._in_turn():
             self._settle(ticket)
             if ticket.stack is not None or ticket.error is not None:
                 settled.append(ticket)
@@ -127,25 +124,35 @@ class Bank:
 
     def close(self) -> None:
         """Stop the loader's threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _in_turn(self) -> list[Ticket]:
+        """What waits: every client's first, every client's second, …; among those in order of arrival."""
+        seen: Counter[str] = Counter()
+        rounds: list[tuple[int, Ticket]] = []
+        for ticket in self._queue:
+            rounds.append((seen[ticket.client], ticket))
+            seen[ticket.client] += 1
+        return [ticket for _, ticket in sorted(rounds, key=itemgetter(0))]
 
     def _settle(self, ticket: Ticket) -> None:
         keys = {key.digest: key for key in ticket.keys}  # a stack may name the same content twice
         missing = [key for digest, key in keys.items() if digest not in self._residents]
-        arrived = [adapter for key in missing if (adapter := self._arrived(key, ticket)) is not None]
+        arrived = [loaded for key in missing if (loaded := self._arrived(key, ticket)) is not None]
         if ticket.error is not None or len(arrived) < len(missing):
             return
-        if not self._make_room(sum(adapter.bytes for adapter in arrived), ticket):
+        if not self._make_room(sum(loaded.bytes for loaded in arrived), ticket):
             return
-        for key, adapter in zip(missing, arrived, strict=True):
-            self._place(key.digest, adapter)
+        for key, loaded in zip(missing, arrived, strict=True):
+            if not self._place(key.digest, loaded, ticket):
+                return
         for key in ticket.keys:
             self._residents.move_to_end(key.digest)
         ticket.stack = tuple(self._residents[key.digest] for key in ticket.keys)
         for resident in ticket.stack:
             resident.holders += 1
 
-    def _arrived(self, key: AdapterKey, ticket: Ticket) -> Adapter | None:
+    def _arrived(self, key: AdapterKey, ticket: Ticket) -> Loaded | None:
         """The adapter if its load has ended; else see that it is under way."""
         load = self._loads.get(key.digest)
         if load is None:
@@ -165,19 +172,33 @@ class Bank:
         return None
 
     def _start(self, key: AdapterKey) -> None:
-        load = _Load(self._pool.submit(self._loader, key.files), time.perf_counter())
+        load = _Load(self._threads.submit(self._load, key.files), time.perf_counter())
         self._loads[key.digest] = load
 
-        def ended(_: Future[Adapter]) -> None:
+        def ended(_: Future[Loaded]) -> None:
             load.seconds = time.perf_counter() - load.started
             self._wake()
 
         load.future.add_done_callback(ended)
 
-    def _place(self, digest: str, adapter: Adapter) -> None:
+    def _load(self, files: Mapping[str, str]) -> Loaded:
+        return Loaded.of(self._loader(files), self.pool.device)
+
+    def _place(self, digest: str, loaded: Loaded, ticket: Ticket) -> bool:
+        """Write a loaded adapter into the pool; for lack of one free range that is large enough, idle ones go."""
+        own = {key.digest for key in ticket.keys}
+        first = self.pool.take(loaded.counts)
+        while first is None:
+            if not self._evict(own):
+                ticket.refusals += 1
+                return False
+            first = self.pool.take(loaded.counts)
+        for width, rows in loaded.rows.items():
+            self.pool.rows(width)[first[width] : first[width] + len(rows)] = rows
         self.load_seconds.append(self._loads.pop(digest).seconds)
-        self._residents[digest] = Resident(digest, adapter, adapter.bytes)
-        self.used += adapter.bytes
+        self._residents[digest] = Resident(digest, loaded.layout, loaded.counts, first, loaded.bytes)
+        self.used += loaded.bytes
+        return True
 
     def _make_room(self, size: int, ticket: Ticket) -> bool:
         """Evict what nobody holds, least recently used first, until `size` more bytes fit."""
@@ -188,16 +209,23 @@ class Bank:
                 f"this request's adapters need more than the server's adapter memory of {self.capacity} bytes",
             )
             return False
-        idle = [item for item in self._residents.values() if not item.holders and item.digest not in own]
-        if self.used + size - sum(item.bytes for item in idle) > self.capacity:
+        held = sum(item.bytes for item in self._residents.values() if item.holders or item.digest in own)
+        if held + size > self.capacity:
             ticket.refusals += 1
             return False
-        for item in idle:
-            if self.used + size <= self.capacity:
-                break
-            del self._residents[item.digest]
-            self.used -= item.bytes
+        while self.used + size > self.capacity:
+            self._evict(own)
         return True
+
+    def _evict(self, keep: set[str]) -> bool:
+        """Let the least recently used adapter go that nobody holds; False where there is none."""
+        for digest, resident in self._residents.items():
+            if not resident.holders and digest not in keep:
+                del self._residents[digest]
+                self.pool.give(resident.first, resident.counts)
+                self.used -= resident.bytes
+                return True
+        return False
 
     def _forget_unwanted_loads(self) -> None:
         """Drop ended loads whose tickets are all gone: they would hold their place among the loads for ever."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.deltas import InputScale, OutputScale
+from server.adapters.deltas import input_scale, output_scale
 from server.adapters.method import Adapter
 from server.adapters.targets import KEY_PREFIX, names_module, strings, targeted_sites
 from server.model import BaseShape, RowDelta
@@ -30,9 +30,9 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     for name in targeted_sites(checkpoint, base):
         site, key = base.sites[name], f"{KEY_PREFIX}{name}.ia3_l"
         if _scales_input(feedforward, name):
-            deltas[name] = InputScale(checkpoint.take(key, (1, site.inputs)).flatten())
+            deltas[name] = input_scale(checkpoint.take(key, (1, site.inputs)).flatten())
         else:
-            deltas[name] = OutputScale(checkpoint.take(key, (site.outputs, 1)).flatten())
+            deltas[name] = output_scale(checkpoint.take(key, (site.outputs, 1)).flatten())
     checkpoint.close()
     return Adapter(method=NAME, deltas=deltas, parameters=checkpoint.parameters, warnings=tuple(checkpoint.warnings))
 

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.deltas import LowRank
+from server.adapters.deltas import low_rank
 from server.adapters.method import Adapter
 from server.adapters.targets import KEY_PREFIX, pattern_value, targeted_sites
 from server.errors import AdapterError
@@ -79,7 +79,7 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         down = checkpoint.take(f"{key}.lora_A.weight", (rank, site.inputs))
         up = checkpoint.take(f"{key}.lora_B.weight", (site.outputs, rank))
         scaled = checkpoint.finite(f"{key}.lora_B.weight", up * _scaling(checkpoint, name, rank))
-        deltas[name] = LowRank(down.t().contiguous(), scaled.t().contiguous())
+        deltas[name] = low_rank(down, scaled.t())
         largest = max(largest, rank)
     _refuse_base_copies(checkpoint)
     checkpoint.close()

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from server.adapters.checkpoint import Checkpoint
 from server.model import BaseShape, RowDelta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmbeddingPrefix:
     """Virtual tokens by their embeddings, run once under the stack's row deltas."""
 
@@ -27,39 +26,24 @@ class EmbeddingPrefix:
         """Virtual tokens."""
         return self.embeddings.shape[0]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What it keeps resident."""
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        """What it keeps resident, as rows."""
         return (self.embeddings,)
 
-    def to(self, device: torch.device) -> EmbeddingPrefix:
-        """The same on `device`."""
-        return EmbeddingPrefix(self.embeddings.to(device))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyValuePrefix:
     """Virtual tokens by their keys and values, copied into pages as they are: no rotation is applied to them."""
 
-    entries: tuple[Tensor, ...]  # per layer [2, virtual_tokens, kv_heads, head_dim]
-
-    @property
-    def length(self) -> int:
-        """Virtual tokens."""
-        return self.entries[0].shape[1]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What it keeps resident."""
-        return self.entries
-
-    def to(self, device: torch.device) -> KeyValuePrefix:
-        """The same on `device`."""
-        return KeyValuePrefix(tuple(entry.to(device) for entry in self.entries))
+    length: int  # virtual tokens
+    blocks: tuple[Tensor, ...]  # per layer [2 · virtual_tokens, kv_heads · head_dim]: keys, then values
 
 
 Prefix = EmbeddingPrefix | KeyValuePrefix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter, read, checked and in the base's dtype."""
 
@@ -76,26 +60,17 @@ class Adapter:
         return self.prefix.length if self.prefix else 0
 
     @property
+    def blocks(self) -> list[Tensor]:
+        """All that it keeps resident, as rows `[rows, width]`: the prefix's, then each delta's."""
+        blocks = list(self.prefix.blocks) if self.prefix else []
+        for delta in self.deltas.values():
+            blocks.extend(delta.blocks)
+        return blocks
+
+    @property
     def bytes(self) -> int:
         """Resident on the device."""
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
-        tensors = list(self.prefix.tensors()) if self.prefix else []
-        for delta in self.deltas.values():
-            tensors.extend(delta.tensors())
-        return tensors
-
-    def to(self, device: torch.device) -> Adapter:
-        """The same on `device`."""
-        return Adapter(
-            method=self.method,
-            prefix=self.prefix.to(device) if self.prefix else None,
-            deltas={site: delta.to(device) for site, delta in self.deltas.items()},
-            parameters=self.parameters,
-            rank=self.rank,
-            warnings=self.warnings,
-        )
+        return sum(block.nbytes for block in self.blocks)
 
 
 class Method(Protocol):

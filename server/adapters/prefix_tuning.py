@@ -30,11 +30,11 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         raise AdapterError("base_mismatch", "the layers of this base differ in KV heads; a prefix cannot fit them all")
     flat = checkpoint.take("prompt_embeddings", (length, len(base.layers) * 2 * shape.kv_heads * shape.head_dim))
     checkpoint.close()
-    layers = flat.view(length, len(base.layers), 2, shape.kv_heads, shape.head_dim)
-    entries = tuple(layers[:, index].transpose(0, 1).contiguous() for index in range(len(base.layers)))
+    layers = flat.view(length, len(base.layers), 2, shape.kv_heads * shape.head_dim)
+    entries = tuple(layers[:, index].transpose(0, 1).flatten(0, 1) for index in range(len(base.layers)))
     return Adapter(
         method=NAME,
-        prefix=KeyValuePrefix(entries),
+        prefix=KeyValuePrefix(length, entries),
         parameters=checkpoint.parameters,
         warnings=tuple(checkpoint.warnings),
     )

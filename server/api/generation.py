@@ -69,9 +69,12 @@ class Generation:
         *,
         n: int,
         param: str,
+        user: str | None,
+        priority: int | None,
         arrived: Arrival,
     ) -> None:
-        """`param`: the field that held the prompts. Raises `RequestError` when one of them is too long."""
+        """`param`: the field that held the prompts. Who asks without a `user` is one client with all who do.
+        Raises `RequestError` when a prompt is too long."""
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
         self.target = target
@@ -95,6 +98,8 @@ class Generation:
                         stack=target.stack,
                         sampling=sampling,
                         choice=choice,
+                        client=user or "",
+                        priority=priority or 0,
                         deadline=self._deadline,
                     )
                 )

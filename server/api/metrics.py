@@ -11,7 +11,10 @@
     medley_running_sequences                 in the batch
     medley_waiting_sequences                 in the queue
     medley_preemptions_total                 sequences that gave their pages back and will resume
-    medley_kv_pages, medley_kv_pages_used    the KV cache
+    medley_prompt_tokens_total               positions of prompts whose turn has come, virtual ones counted
+    medley_prompt_tokens_cached_total        of those, the ones found in the KV cache: the hit rate is their quotient
+    medley_kv_pages, medley_kv_pages_used    the KV cache, and what sequences have of it
+    medley_kv_pages_idle                     cached for whoever may come, given up when pages run short
     medley_bank_capacity_bytes, medley_bank_bytes, medley_bank_adapters   resident adapters
     medley_adapter_load_seconds              of an adapter that became resident
     medley_store_errors_total                requests that the task index could not answer
@@ -94,6 +97,8 @@ class _StepMetrics:
         self._adapters = Histogram("medley_step_adapters", "Distinct in a step", buckets=_COUNTS, registry=registry)
         self._loads = _seconds("medley_adapter_load_seconds", "Until resident", registry)
         self.tokens = Counter("medley_tokens", "Positions by kind", ["kind"], registry=registry)
+        self._prompt_tokens = Counter("medley_prompt_tokens", "Positions that came", registry=registry)
+        self._prompt_tokens_cached = Counter("medley_prompt_tokens_cached", "Of those, found", registry=registry)
         self._preemptions = Counter("medley_preemptions", "Preempted sequences", registry=registry)
         self._gauges = {
             field: Gauge(name, help_text, registry=registry)
@@ -101,7 +106,8 @@ class _StepMetrics:
                 ("running", "medley_running_sequences", "In the batch"),
                 ("waiting", "medley_waiting_sequences", "In the queue"),
                 ("kv_pages", "medley_kv_pages", "Pages of the KV cache"),
-                ("kv_pages_used", "medley_kv_pages_used", "Pages in use"),
+                ("kv_pages_used", "medley_kv_pages_used", "Pages that sequences have"),
+                ("kv_pages_idle", "medley_kv_pages_idle", "Cached pages that none has"),
                 ("bank_capacity", "medley_bank_capacity_bytes", "Room for resident adapters"),
                 ("bank_bytes", "medley_bank_bytes", "Of resident adapters"),
                 ("bank_adapters", "medley_bank_adapters", "Resident adapters"),
@@ -117,6 +123,8 @@ class _StepMetrics:
         self.tokens.labels("prefill").inc(stats.prefill_tokens)
         self.tokens.labels("decode").inc(stats.decode_tokens)
         self.tokens.labels("virtual").inc(stats.virtual_tokens)
+        self._prompt_tokens.inc(stats.prompt_tokens)
+        self._prompt_tokens_cached.inc(stats.cached_tokens)
         self._preemptions.inc(stats.preemptions)
         for field, gauge in self._gauges.items():
             gauge.set(getattr(stats, field))

@@ -1,28 +1,36 @@
 """A step's batch: the schedule as tensors. Built anew for each step, never edited.
 
-Rows are packed one behind the other, those of one stack beside each other, so that each adapter's rows are few
-segments.
+Rows are packed one behind the other, those of one stack beside each other, and those of like layout, so that the
+tokens of an adapter, and of all adapters of one layout, are neighbours where that is possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from server.adapters import EmbeddingPrefix, Resident
+from server.adapters import Resident, RowPool
+from server.adapters.resident import Layout, SiteBlocks
 from server.engine.prefixes import PrefixRun
 from server.engine.scheduler import Row, Schedule
 from server.engine.sequence import Sequence
-from server.model import AttentionPlan, BaseShape, DecodeGroup, KVCache, PrefillRow, Segment, SitePlan
+from server.model import AttentionPlan, BaseShape, DecodeGroup, KVCache, PrefillRow, Rows, Segment, SitePlan
 from server.model.kv_cache import NULL_PAGE
 
 # What a decode group gathers of one layer's pages. Larger copies leave the processor's cache between being written
 # and being read, and cost up to twice as much (measured on two cores with 32 MB of cache).
 _GATHER_BYTES = 6 * 1024**2
+
+# From so many tokens on an adapter is applied by itself; fewer take their rows out of the pool token by token, all
+# adapters of one layout at once. (Two cores: 8 tokens of one LoRA cost about as much either way.)
+_MANY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,10 @@ class _Placed:
 class BatchBuilder:
     """Builds batches for one base and one cache geometry."""
 
-    def __init__(self, shape: BaseShape, page_size: int, device: torch.device) -> None:
-        """`device` is where the batch's tensors go."""
+    def __init__(self, shape: BaseShape, pool: RowPool, page_size: int, device: torch.device) -> None:
+        """`device` is where the batch's tensors go; `pool` has the adapters' rows."""
         self._shape = shape
+        self._pool = pool
         self._page_size = page_size
         self._device = device
         largest = max(KVCache.page_bytes([layer], page_size, shape.dtype) for layer in shape.layers)
@@ -79,7 +88,7 @@ class BatchBuilder:
     def build(self, schedule: Schedule) -> StepBatch:
         """The batch of a schedule with at least one row."""
         placed = _place(schedule)
-        virtual = [given for item in placed for given in _virtual_embeddings(item)]
+        virtual = [given for item in placed for given in _virtual_embeddings(item, self._pool)]
         return StepBatch(
             token_ids=self._tensor([token for item in placed for token in _token_ids(item.row)]),
             positions=self._tensor([at for item in placed for at in range(item.row.start, item.row.stop)]),
@@ -170,26 +179,84 @@ class BatchBuilder:
         )
 
     def _deltas(self, placed: list[_Placed]) -> SitePlan:
+        """At each level of the stacks: adapters with many tokens each by themselves, the others by their layout, all
+        tokens of one layout together with each token's own rows."""
         depth = max(len(item.stack) for item in placed)
         plan: dict[str, list[list[Segment]]] = {}
         for level in range(depth):
-            for resident, run in _neighbours(placed, level):
-                tokens = run[0].start, run[-1].stop
-                logits = run[0].logit_start, run[-1].logit_stop
-                for site, delta in resident.adapter.deltas.items():
-                    start, stop = logits if self._shape.sites[site].is_head else tokens
-                    if start < stop:
-                        levels = plan.setdefault(site, [[] for _ in range(depth)])
-                        levels[level].append(Segment(start, stop, delta))
+            few: dict[Layout, list[_Run]] = {}
+            for run in _runs(placed, level):
+                if run.tokens.stop - run.tokens.start < _MANY_TOKENS:
+                    few.setdefault(run.resident.layout, []).append(run)
+                else:
+                    self._add(plan, depth, level, [run])
+            for runs in few.values():
+                self._add(plan, depth, level, runs)
         return plan
+
+    def _add(self, plan: dict[str, list[list[Segment]]], depth: int, level: int, runs: list[_Run]) -> None:
+        """Plan the deltas of runs of one layout."""
+        for at_head in (False, True):
+            spans = [(run.resident, run.logits if at_head else run.tokens) for run in runs]
+            segments = _Segments(self._pool, [(resident, span) for resident, span in spans if span.start < span.stop])
+            for delta in runs[0].resident.layout.deltas:
+                if self._shape.sites[delta.site].is_head == at_head and segments.spans:
+                    levels = plan.setdefault(delta.site, [[] for _ in range(depth)])
+                    levels[level].append(segments.segment(delta))
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows of a step that have the same adapter at a level of their stacks."""
+
+    resident: Resident
+    tokens: slice
+    logits: slice
+
+
+class _Segments:
+    """Makes the segments of tokens whose adapters have one layout, at all its sites."""
+
+    def __init__(self, pool: RowPool, spans: list[tuple[Resident, slice]]) -> None:
+        """`spans` are in the order of their tokens."""
+        self.spans = spans
+        self._pool = pool
+        self._firsts: dict[int, Tensor] = {}
+
+    @cached_property
+    def _tokens(self) -> slice | Tensor:
+        """All tokens, as a slice where they are neighbours."""
+        starts, stops = [span.start for _, span in self.spans], [span.stop for _, span in self.spans]
+        if starts[1:] == stops[:-1]:
+            return slice(starts[0], stops[-1])
+        indices = [token for _, span in self.spans for token in range(span.start, span.stop)]
+        return torch.tensor(indices, device=self._pool.device)
+
+    def segment(self, delta: SiteBlocks) -> Segment:
+        """At one site."""
+        if len(self.spans) == 1:
+            resident, span = self.spans[0]
+            return Segment(span, delta.kind, resident.rows(self._pool, delta.blocks), is_each=False)
+        rows = tuple(
+            Rows(self._pool.rows(block.width), self._first(block.width) + block.offset, block.height)
+            for block in delta.blocks
+        )
+        return Segment(self._tokens, delta.kind, rows, is_each=True)
+
+    def _first(self, width: int) -> Tensor:
+        """Each token's adapter's first row of a width: `[tokens]`."""
+        first = self._firsts.get(width)
+        if first is None:
+            rows = [resident.first[width] for resident, span in self.spans for _ in range(span.start, span.stop)]
+            first = self._firsts[width] = torch.tensor(rows, device=self._pool.device)
+        return first
 
 
 def _place(schedule: Schedule) -> list[_Placed]:
-    """The rows in packed order, those of one stack together."""
+    """The rows in packed order: those of one stack together, and beside them those of like layout."""
     stacks: Mapping[Sequence | PrefixRun, tuple[Resident, ...]] = {
         run: (run if isinstance(run, Sequence) else schedule.owners[run]).stack for run in schedule.rows
     }
-    rows = sorted(schedule, key=lambda row: [resident.digest for resident in stacks[row.run]])
+    rows = sorted(schedule, key=lambda row: _packing_order(row, stacks[row.run]))
     placed: list[_Placed] = []
     token = logit = 0
     for row in rows:
@@ -226,26 +293,33 @@ def _token_ids(row: Row) -> Iterable[int]:
     return [0] * virtual + list(row.run.token_ids(row.start + virtual, row.stop))
 
 
-def _virtual_embeddings(item: _Placed) -> Iterable[tuple[int, Tensor]]:
+def _virtual_embeddings(item: _Placed, pool: RowPool) -> Iterable[tuple[int, Tensor]]:
     """Embeddings of the row's virtual tokens, each with its place in the step."""
     row = item.row
     for span in row.run.spans:
         start, stop = max(span.start, row.start), min(span.stop, row.stop)
         if start < stop:
-            prefix = item.stack[span.level].adapter.prefix
-            assert isinstance(prefix, EmbeddingPrefix), "only spans that are run have rows"
-            yield item.start + start - row.start, prefix.embeddings[start - span.start : stop - span.start]
+            resident = item.stack[span.level]
+            prefix = resident.layout.prefix
+            assert prefix is not None, "a span is of an adapter with virtual tokens"
+            assert prefix.is_run, "only spans that are run have rows"
+            embeddings = resident.block(pool, prefix.blocks[0])
+            yield item.start + start - row.start, embeddings[start - span.start : stop - span.start]
 
 
-def _neighbours(placed: list[_Placed], level: int) -> Iterable[tuple[Resident, list[_Placed]]]:
-    """Runs of neighbouring rows that have the same adapter at a level of their stacks."""
-    run: list[_Placed] = []
-    for item in placed:
-        resident = item.stack[level] if len(item.stack) > level else None
-        if run and (resident is None or run[0].stack[level] is not resident):
-            yield run[0].stack[level], run
-            run = []
+def _runs(placed: list[_Placed], level: int) -> Iterable[_Run]:
+    """Neighbouring rows that have the same adapter at a level."""
+    adapters = (item.stack[level] if len(item.stack) > level else None for item in placed)
+    for resident, pairs in groupby(zip(adapters, placed, strict=True), key=itemgetter(0)):
         if resident is not None:
-            run.append(item)
-    if run:
-        yield run[0].stack[level], run
+            rows = [item for _, item in pairs]
+            first, last = rows[0], rows[-1]
+            yield _Run(resident, slice(first.start, last.stop), slice(first.logit_start, last.logit_stop))
+
+
+def _packing_order(row: Row, stack: tuple[Resident, ...]) -> tuple[bool, list[int], list[str]]:
+    return (
+        row.count >= _MANY_TOKENS,
+        [hash(resident.layout) for resident in stack],
+        [resident.digest for resident in stack],
+    )

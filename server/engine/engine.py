@@ -8,17 +8,19 @@ gets exactly one end: a `Tokens` with a finish reason, a `Failed`, or its own `a
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from server.adapters import Adapter, Bank, EmbeddingPrefix
+from server.adapters import Adapter, Bank, RowPool
 from server.adapters.bank import AdapterKey, Ticket
 from server.engine.batch import BatchBuilder, LogitRows, StepBatch
 from server.engine.pages import PagePool
 from server.engine.prefixes import Span
 from server.engine.protocol import Failed, Generate, StepOutput, StepStats, Tokens
+from server.engine.queue import who_makes_room
 from server.engine.runner import Runner
 from server.engine.sampler import Choice, Sampler, log_probabilities
 from server.engine.scheduler import Schedule, Scheduler
@@ -35,6 +37,7 @@ class EngineLimits:
 
     max_seqs: int  # rows of a step
     max_batch_tokens: int  # positions of a step
+    max_prefill_tokens: int  # of those, the ones that are a prompt's or virtual tokens
     max_queue: int  # sequences that may wait
     num_pages: int  # of the KV cache, the null page counted
     page_size: int  # positions of a page
@@ -63,18 +66,21 @@ class Engine:
         there is something new for `step`."""
         self.base = base
         self.limits = limits
-        self.bank = Bank(limits.adapter_bytes, load_adapter, wake)
+        pool = RowPool(limits.adapter_bytes, base.shape.widest, dtype=base.dtype, device=base.device)
+        self.bank = Bank(limits.adapter_bytes, pool, load_adapter, wake)
         self.scheduler = Scheduler(
             PagePool(limits.num_pages, limits.page_size),
             max_seqs=limits.max_seqs,
             max_batch_tokens=limits.max_batch_tokens,
+            max_prefill_tokens=limits.max_prefill_tokens,
         )
         cache = KVCache(base.layers, limits.num_pages, limits.page_size, dtype=base.dtype, device=base.device)
-        self._batches = BatchBuilder(base.shape, limits.page_size, base.device)
-        self._runner = Runner(base, cache)
+        self._batches = BatchBuilder(base.shape, pool, limits.page_size, base.device)
+        self._runner = Runner(base, cache, pool)
         self._eos_token_ids = frozenset(base.eos_token_ids)
         self._sampler = Sampler(base.eos_token_ids)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, Sequence] = {}  # in order of arrival
+        self._held: Counter[str] = Counter()  # how many of them are each client's
         self._tickets: dict[str, Ticket] = {}
         self._outbox = _Outbox()
 
@@ -91,14 +97,16 @@ class Engine:
     def add(self, request: Generate) -> None:
         """Accept a sequence, or say why not in the next step's output."""
         assert request.id not in self._sequences, "ids of open sequences are unique"
-        if self.bank.waiting + len(self.scheduler.waiting) >= self.limits.max_queue:
-            self._fail(request.id, RequestError("queue_full", f"{self.limits.max_queue} requests wait already"))
+        refusal = self._make_room(request.client)
+        if refusal is not None:
+            self._fail(request.id, refusal)
             return
         sequence = Sequence(request)
         self._sequences[request.id] = sequence
+        self._held[request.client] += 1
         if request.stack:
             keys = [AdapterKey(adapter.digest, adapter.files) for adapter in request.stack]
-            self._tickets[request.id] = self.bank.request(request.id, keys)
+            self._tickets[request.id] = self.bank.request(request.id, keys, request.client)
         else:
             self._enqueue(sequence)
 
@@ -106,6 +114,7 @@ class Engine:
         """Forget a sequence; its row and pages are free before the next step."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            self._let_go(sequence.request.client)
             self.scheduler.remove(sequence)
             ticket = self._tickets.pop(request_id, None)
             if ticket is not None:
@@ -126,6 +135,25 @@ class Engine:
     def close(self) -> None:
         """Stop the loader's threads."""
         self.bank.close()
+
+    def _make_room(self, client: str) -> RequestError | None:
+        """See that there is a place in the queue, at the cost of who holds more of it; else why there is none."""
+        if self.bank.waiting + len(self.scheduler.waiting) < self.limits.max_queue:
+            return None
+        full = f"{self.limits.max_queue} requests wait already"
+        running = set(self.scheduler.running)
+        waiting = (sequence for sequence in self._sequences.values() if sequence not in running)
+        victim = who_makes_room(client, self._held, waiting)
+        if victim is None:
+            return RequestError("queue_full", f"{full}, and this client has its share of them; send it again later")
+        message = f"{full}, most of them this client's: this one made room for another client's; send it again later"
+        self._end(victim, RequestError("queue_full", message))
+        return None
+
+    def _let_go(self, client: str) -> None:
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
 
     def _admit(self) -> None:
         """Sequences whose adapters have become resident (or cannot be loaded)."""
@@ -175,7 +203,7 @@ class Engine:
             if torch.isfinite(logits[rows.start : rows.stop].amax(-1)).all():  # NaN anywhere makes the maximum NaN
                 _score_prompt(rows, logits)
             else:
-                self._end(rows.sequence, RequestError("not_finite_logits", NOT_FINITE))
+                self._end_not_finite(rows.sequence)
         sampling = [rows for rows in batch.logit_rows if rows.samples and rows.sequence.id in self._sequences]
         ended = [rows.sequence for rows in sampling if rows.sequence.sampling.max_tokens == 0]
         for sequence in ended:
@@ -190,7 +218,7 @@ class Engine:
     def _append(self, sequence: Sequence, choice: Choice) -> None:
         """Give a sequence its next token, or its end."""
         if choice.token is None:
-            self._end(sequence, RequestError("not_finite_logits", NOT_FINITE))
+            self._end_not_finite(sequence)
             return
         token, sampling = choice.token, sequence.sampling
         stops = token in sampling.stop_token_ids or (token in self._eos_token_ids and not sampling.ignore_eos)
@@ -215,11 +243,16 @@ class Engine:
                 finish_reason=finish,
                 stop_token=stop_token,
                 virtual_tokens=sequence.num_virtual,
-                cached_tokens=sequence.num_cached or 0,
+                cached_tokens=sequence.num_cached,
             )
         )
         if finish is not None:
             self.abort(sequence.id)
+
+    def _end_not_finite(self, sequence: Sequence) -> None:
+        """End a sequence whose pages may hold what led to it."""
+        self.scheduler.remove(sequence, keep=False)
+        self._end(sequence, RequestError("not_finite_logits", NOT_FINITE))
 
     def _end(self, sequence: Sequence, error: RequestError) -> None:
         """End a sequence by an error."""
@@ -244,7 +277,10 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + self.bank.waiting,
             preemptions=schedule.num_preempted,
-            kv_pages_used=self.scheduler.pages.used,
+            prompt_tokens=schedule.num_prompt_tokens,
+            cached_tokens=schedule.num_cached_tokens,
+            kv_pages_used=self.scheduler.pages.used - self.scheduler.cache.num_idle,
+            kv_pages_idle=self.scheduler.cache.num_idle,
             kv_pages=self.scheduler.pages.capacity,
             bank_bytes=self.bank.used,
             bank_capacity=self.bank.capacity,
@@ -259,9 +295,9 @@ def _spans(sequence: Sequence) -> tuple[Span, ...]:
     spans: list[Span] = []
     at = 0
     for level, resident in enumerate(sequence.stack):
-        prefix = resident.adapter.prefix
+        prefix = resident.layout.prefix
         if prefix is not None:
-            spans.append(Span(at, at + prefix.length, level, isinstance(prefix, EmbeddingPrefix)))
+            spans.append(Span(at, at + prefix.length, level, prefix.is_run))
             at += prefix.length
     return tuple(spans)
 

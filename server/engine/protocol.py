@@ -28,6 +28,7 @@ class Configure(Message, frozen=True, kw_only=True):
     dtype: str
     max_seqs: int
     max_batch_tokens: int
+    max_prefill_tokens: int | None
     max_model_len: int | None
     kv_cache_bytes: int | None
     adapter_bytes: int
@@ -74,6 +75,8 @@ class Generate(Message, frozen=True, kw_only=True):
     stack: tuple[AdapterRef, ...] = ()
     sampling: Sampling
     choice: int = 0  # index among the request's choices; with seed and position it fixes the noise
+    client: str = ""  # who is served: fairness is between clients
+    priority: int = 0  # 0–9; lower starts earlier
     deadline: float  # Unix time in seconds
 
 
@@ -107,7 +110,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: str | None = None  # stop | length
     stop_token: int | None = None  # the id that ended it; not in `token_ids`
     virtual_tokens: int = 0  # of the stack
-    cached_tokens: int = 0  # positions that were computed before this sequence came, virtual ones counted
+    cached_tokens: int = 0  # positions that were not computed for this sequence, virtual ones counted
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +134,10 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     waiting: int
     preemptions: int  # since the step before
-    kv_pages_used: int
+    prompt_tokens: int  # of the sequences that started in this step, virtual ones counted; none is counted twice
+    cached_tokens: int  # of those, the ones that were found in the KV cache
+    kv_pages_used: int  # by sequences
+    kv_pages_idle: int  # of the cache, nobody's at present; given up when pages run short
     kv_pages: int
     bank_bytes: int
     bank_capacity: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.adapters import KeyValuePrefix
+from server.adapters import RowPool
 from server.engine.batch import StepBatch
 from server.engine.scheduler import PrefixCopy, Schedule
 from server.model import FrozenBase, KVCache, PagedAttention
@@ -14,10 +14,11 @@ from server.model import FrozenBase, KVCache, PagedAttention
 class Runner:
     """See the module."""
 
-    def __init__(self, base: FrozenBase, cache: KVCache) -> None:
-        """`cache` has a page for every id that the scheduler hands out."""
+    def __init__(self, base: FrozenBase, cache: KVCache, pool: RowPool) -> None:
+        """`cache` has a page for every id that the scheduler hands out, `pool` the adapters' rows."""
         self._base = base
         self._cache = cache
+        self._pool = pool
 
     @torch.inference_mode()
     def run(self, schedule: Schedule, batch: StepBatch) -> Tensor:
@@ -41,8 +42,14 @@ class Runner:
             )
 
     def _fill(self, copy: PrefixCopy) -> None:
-        prefix = copy.sequence.stack[copy.span.level].adapter.prefix
-        assert isinstance(prefix, KeyValuePrefix), "only spans that are not run are copied"
+        resident = copy.sequence.stack[copy.span.level]
+        prefix = resident.layout.prefix
+        assert prefix is not None, "a span is of an adapter with virtual tokens"
+        assert not prefix.is_run, "only spans that are not run are copied"
         size, pages = self._cache.page_size, copy.prefix.pages
         slots = [pages[at // size] * size + at % size for at in range(copy.span.start, copy.span.stop)]
-        self._cache.fill(torch.tensor(slots, device=self._base.device), prefix.entries)
+        entries = [
+            resident.block(self._pool, block).view(2, prefix.length, layer.kv_heads, layer.head_dim)
+            for block, layer in zip(prefix.blocks, self._base.layers, strict=True)
+        ]
+        self._cache.fill(torch.tensor(slots, device=self._base.device), entries)

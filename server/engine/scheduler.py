@@ -1,22 +1,26 @@
 """The scheduler: which positions of which sequences run in the next step. Plain integers; no torch.
 
     running   sequences with pages, in order of arrival
-    waiting   sequences whose adapters are resident, first come first served; preempted ones stand first
+    waiting   sequences whose adapters are resident, in the order of `server.engine.queue`
 
 Rows that need one position (running streams) come first, then the rest of the token budget goes to prompts, in
-chunks. When pages run out, idle prefixes are reclaimed, then the newest sequence is preempted: it gives its
-pages back and later computes the same tokens again. The oldest always goes on, so everything ends.
+chunks. A sequence starts behind the cached pages that begin as it does, and its own full pages are cached as soon as
+it is certain that the step computes them. When pages run out, idle ones are reclaimed, then the newest sequence is
+preempted: it gives its pages back and later computes the same tokens again, unless it finds them. The oldest always
+goes on, so everything ends.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from server.engine.page_cache import PageCache
 from server.engine.pages import PagePool, pages_for
-from server.engine.prefixes import PrefixPool, PrefixRun, Span
+from server.engine.prefixes import PrefixRun, Span
+from server.engine.queue import WaitingQueue
 from server.engine.sequence import Sequence
+from server.engine.shared_text import cached_text, share_pages
 
 PROMPT_LOGPROB_CHUNK = 512  # positions a step for prompts whose every position needs logits
 
@@ -63,6 +67,8 @@ class Schedule:
     rows: dict[Sequence | PrefixRun, list[Row]] = field(default_factory=dict)
     owners: dict[PrefixRun, Sequence] = field(default_factory=dict)  # a sequence whose stack the prefix has
     num_preempted: int = 0
+    num_prompt_tokens: int = 0  # of the sequences that start for the first time, virtual ones counted
+    num_cached_tokens: int = 0  # of those, the ones that are not computed
 
     def __iter__(self) -> Iterator[Row]:
         for rows in self.rows.values():
@@ -72,44 +78,52 @@ class Schedule:
 class Scheduler:
     """See the module."""
 
-    def __init__(self, pages: PagePool, *, max_seqs: int, max_batch_tokens: int) -> None:
-        """`max_batch_tokens` is at least `max_seqs`, so that every running stream is in every step."""
+    def __init__(self, pages: PagePool, *, max_seqs: int, max_batch_tokens: int, max_prefill_tokens: int) -> None:
+        """`max_batch_tokens` is at least `max_seqs`, so that every running stream is in every step; of what they leave
+        of it, prompts and virtual tokens get up to `max_prefill_tokens`."""
         self.pages = pages
-        self.prefixes = PrefixPool(pages)
+        self.cache = PageCache(pages)
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self._max_seqs = max_seqs
         self._max_batch_tokens = max_batch_tokens
+        self._max_prefill_tokens = max_prefill_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose stack is resident."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its pages are free at once."""
+    def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Forget a sequence, wherever it is; its pages are free or idle at once. With `keep` false those that nobody
+        else refers to leave the cache: what they hold is of no use."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._give_pages(sequence)
+            self._release(sequence, keep=keep)
+            self.waiting.end(sequence)
         elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self.waiting.end(sequence)
 
     def pages_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages that a sequence takes when it is alone and has `num_tokens` positions, its prefix's counted."""
         size = self.pages.page_size
-        prefix = pages_for(sequence.num_virtual, size) if sequence.num_prefix > 0 else 0
-        return prefix + pages_for(num_tokens, size) - max(sequence.num_prefix, 0) // size
+        return pages_for(sequence.num_virtual, size) + pages_for(num_tokens, size) - sequence.num_prefix // size
 
     def schedule(self) -> Schedule:
         """Choose the next step's rows; counts them as computed."""
         step = Schedule()
-        budget = self._max_batch_tokens
         streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
         prompts = [sequence for sequence in self.running if sequence.num_remaining > 1]
+        room = self._max_batch_tokens
+        for stream in streams:
+            room -= self._extend(stream, 1, step)
+        budget = min(room, self._max_prefill_tokens)
+        for prompt in prompts:
+            budget -= self._extend(prompt, budget, step)
         for sequence in streams + prompts:
-            if budget and sequence in self.running:  # not preempted for one before it
-                budget -= self._extend(sequence, budget, step)
+            if sequence in step.rows:  # nobody is preempted from here on: what a row fills will be there
+                self._share_pages(sequence, step)
         while budget and self.waiting and len(self.running) < self._max_seqs and not step.num_preempted:
-            spent = self._start(self.waiting[0], budget, step)
+            spent = self._start(self.waiting.head(), budget, step)
             if spent is None:
                 break
             budget -= spent
@@ -120,79 +134,73 @@ class Scheduler:
         count = min(sequence.num_remaining, budget)
         if sequence.sampling.prompt_logprobs:
             count = min(count, PROMPT_LOGPROB_CHUNK)
-        if not self._reserve(sequence, sequence.num_computed + count, step):
+        is_running = bool(sequence.block_table)  # not preempted for one before it
+        if not (count and is_running and self._reserve(sequence, sequence.num_computed + count, step)):
             return 0
         step.rows[sequence] = [Row(sequence, sequence.num_computed, count)]
         sequence.num_computed += count
+        self.waiting.charge(sequence, sequence.num_computed - count, sequence.num_computed)
         return count
 
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Schedule) -> bool:
         """Give a running sequence pages for its first `num_tokens` positions, preempting newer ones for it.
         False: it was the newest itself."""
-        held = sequence.num_shared_pages + len(sequence.own_pages)
-        needed = pages_for(num_tokens, self.pages.page_size) - held
-        while needed > self.pages.free:
-            self.prefixes.reclaim(needed)
-            if needed > self.pages.free:
-                victim = self.running[-1]
-                self._preempt(victim, step)
-                if victim is sequence:
-                    return False
-        self._take_pages(sequence, needed, step)
+        needed = pages_for(num_tokens, self.pages.page_size) - len(sequence.block_table)
+        while needed > self.cache.available:
+            victim = self.running[-1]
+            self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        if needed > 0:
+            sequence.block_table += self._take_pages(needed, step)
         return True
 
     def _preempt(self, sequence: Sequence, step: Schedule) -> None:
         self.running.remove(sequence)
-        self._give_pages(sequence)
-        self.waiting.appendleft(sequence)
+        self._release(sequence)
+        self.waiting.put_back(sequence)
         step.rows.pop(sequence, None)
         step.num_preempted += 1
 
     def _start(self, sequence: Sequence, budget: int, step: Schedule) -> int | None:
         """Start the first waiting sequence, its prefix before it if that is not there yet.
 
-        Returns the positions spent; None when there are no pages for it, or only part of the prefix could run.
+        Returns the positions spent; None when there are no pages for it, or only part of the prefix could run: then
+        nothing else may start in this step, for it might be given the pages of what runs.
         """
-        spent = 0
-        prefix = None
-        if sequence.num_prefix > 0:
-            prefix = self._prefix(sequence, step)
-            if prefix is None:
-                return None
-            if sequence.num_cached is None:
-                sequence.num_cached = min(prefix.num_computed, sequence.num_prefix)
-            spent = self._extend_prefix(prefix, sequence, budget, step)
-            if prefix.num_computed < prefix.length or spent == budget:
-                return None
-        size = self.pages.page_size
-        num_shared_pages = max(sequence.num_prefix, 0) // size
-        needed = pages_for(sequence.num_tokens, size) - num_shared_pages
-        self.prefixes.reclaim(needed, keep=prefix)
-        if needed > self.pages.free:
-            return None
-        self.waiting.popleft()
-        self.running.append(sequence)
-        sequence.num_computed = max(sequence.num_prefix, 0)
-        self._take_pages(sequence, needed, step)
-        if prefix is not None:
-            self.prefixes.hold(prefix)
-            sequence.prefix, sequence.num_shared_pages = prefix, num_shared_pages
-            if sequence.num_prefix % size:
-                copy = PageCopy(sequence, prefix.pages[num_shared_pages], sequence.own_pages[0])
-                step.page_copies.append(copy)
-        return spent + self._extend(sequence, budget - spent, step)
-
-    def _prefix(self, sequence: Sequence, step: Schedule) -> PrefixRun | None:
-        """The sequence's prefix with its pages; None when there are no pages for it."""
-        prefix = self.prefixes.find(sequence.stack_key)
+        prefix = self._hold_prefix(sequence, step)
         if prefix is None:
+            return None
+        spent = self._extend_prefix(prefix, sequence, budget, step)
+        if prefix.num_computed < prefix.length or spent == budget or not self._place(sequence, prefix, step):
+            self._release(sequence)
+            return None
+        self.waiting.start(sequence)
+        self.running.append(sequence)
+        spent += self._extend(sequence, budget - spent, step)
+        self._share_pages(sequence, step)
+        return spent
+
+    def _share_pages(self, sequence: Sequence, step: Schedule) -> None:
+        share_pages(sequence, self.cache, self.pages.page_size, step.rows[sequence][0].start)
+
+    def _hold_prefix(self, sequence: Sequence, step: Schedule) -> PrefixRun | None:
+        """The node of the sequence's stack, with pages for its virtual tokens; None when there are none for it."""
+        node = self.cache.root.children.get(sequence.stack_key)
+        if node is not None:
+            assert isinstance(node, PrefixRun)
+            self.cache.hold(node)
+        else:
             needed = pages_for(sequence.num_virtual, self.pages.page_size)
-            self.prefixes.reclaim(needed)
-            if needed > self.pages.free:
+            if needed > self.cache.available:
                 return None
-            prefix = self.prefixes.create(sequence.stack_key, sequence.spans)
-            step.fresh_pages += prefix.pages
-        return prefix
+            pages = self._take_pages(needed, step)
+            node = PrefixRun(sequence.stack_key, pages, self.cache.root, spans=sequence.spans)
+            self.cache.add(node)
+        if sequence.num_cached_virtual is None:
+            sequence.num_cached_virtual = min(node.num_computed, sequence.num_prefix)
+        sequence.prefix = node
+        return node
 
     def _extend_prefix(self, prefix: PrefixRun, sequence: Sequence, budget: int, step: Schedule) -> int:
         """Schedule what is missing of a prefix, within the budget; the positions spent."""
@@ -207,19 +215,47 @@ class Scheduler:
                 step.rows.setdefault(prefix, []).append(Row(prefix, prefix.num_computed, count))
                 step.owners[prefix] = sequence
                 spent += count
+                self.waiting.charge_prefix(sequence, count)
             else:
                 step.prefix_copies.append(PrefixCopy(prefix, span, sequence))
             prefix.num_computed += count
         return spent
 
-    def _take_pages(self, sequence: Sequence, count: int, step: Schedule) -> None:
-        pages = self.pages.take(max(count, 0))
-        sequence.own_pages += pages
-        step.fresh_pages += pages
+    def _place(self, sequence: Sequence, prefix: PrefixRun, step: Schedule) -> bool:
+        """Give a starting sequence its pages: its prefix's, cached ones, its own. False: there are too few."""
+        size = self.pages.page_size
+        sequence.text_nodes = cached_text(sequence, prefix, size)
+        for node in sequence.text_nodes:
+            self.cache.hold(node)
+        num_shared = sequence.num_prefix // size
+        needed = pages_for(sequence.num_tokens, size) - num_shared - len(sequence.text_nodes)
+        if needed > self.cache.available:
+            return False
+        own = self._take_pages(needed, step)
+        sequence.block_table = prefix.pages[:num_shared] + [node.pages[0] for node in sequence.text_nodes] + own
+        sequence.num_shared_pages, sequence.num_computed = num_shared, sequence.num_prefix
+        if sequence.text_nodes:
+            sequence.num_computed = (num_shared + len(sequence.text_nodes)) * size
+        elif sequence.num_prefix % size:
+            step.page_copies.append(PageCopy(sequence, prefix.pages[num_shared], own[0]))
+        if sequence.num_cached_text is None:
+            sequence.num_cached_text = sequence.num_computed - sequence.num_prefix
+            step.num_prompt_tokens += sequence.num_prompt
+            step.num_cached_tokens += sequence.num_cached
+        return True
 
-    def _give_pages(self, sequence: Sequence) -> None:
-        self.pages.give(sequence.own_pages)
-        sequence.own_pages = []
-        if sequence.prefix is not None:
-            self.prefixes.release(sequence.prefix)
-        sequence.prefix, sequence.num_shared_pages, sequence.num_computed = None, 0, 0
+    def _take_pages(self, count: int, step: Schedule) -> list[int]:
+        pages = self.cache.take(count)
+        step.fresh_pages += pages
+        return pages
+
+    def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Let go of all that a sequence has or refers to."""
+        assert sequence.prefix is not None
+        nodes = [sequence.prefix, *sequence.text_nodes]
+        shared = {page for node in nodes for page in node.pages}
+        self.cache.give(page for page in sequence.block_table if page not in shared)
+        for node in reversed(nodes):
+            self.cache.release(node, keep=keep)
+        sequence.prefix, sequence.text_nodes, sequence.block_table = None, [], []
+        sequence.num_shared_pages, sequence.num_computed = 0, 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from server.engine.page_cache import CachedPages
 from server.engine.prefixes import PrefixRun, Span
 from server.engine.protocol import Generate, Sampling, TokenLogprobs
 
@@ -27,10 +28,13 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_computed: int = 0  # once the step under way has run
-    num_cached: int | None = None  # positions that were there when its turn first came; None: no prefix, or not yet
-    prefix: PrefixRun | None = None
-    num_shared_pages: int = 0  # pages of the prefix that stand before its own
-    own_pages: list[int] = field(default_factory=list)
+    num_charged: int = 0  # positions that its client has been charged for, or had for nothing
+    num_cached_virtual: int | None = None  # of its prefix, positions that were there when its turn first came
+    num_cached_text: int | None = None  # of its text, positions that were there when it first started
+    block_table: list[int] = field(default_factory=list)  # its pages, in order of position; none while it waits
+    prefix: PrefixRun | None = None  # its stack's node of the page cache
+    num_shared_pages: int = 0  # of the block table, the prefix's: those before the first that has text
+    text_nodes: list[CachedPages] = field(default_factory=list)  # the page cache's, of the pages that follow
 
     @property
     def id(self) -> str:
@@ -56,7 +60,12 @@ class Sequence:
     def num_prefix(self) -> int:
         """Positions that come from the prefix's pages. A sequence without text runs the last virtual token
         itself, since it needs that token's logits."""
-        return self.num_virtual if self.request.prompt else self.num_virtual - 1
+        return self.num_virtual if self.request.prompt else max(self.num_virtual - 1, 0)
+
+    @property
+    def num_cached(self) -> int:
+        """Positions that were not computed for it, because they were there."""
+        return (self.num_cached_virtual or 0) + (self.num_cached_text or 0)
 
     @property
     def num_prompt(self) -> int:
@@ -73,12 +82,6 @@ class Sequence:
         """Positions yet to be computed."""
         return self.num_tokens - self.num_computed
 
-    @property
-    def block_table(self) -> list[int]:
-        """Its pages, in order of position."""
-        shared = self.prefix.pages[: self.num_shared_pages] if self.prefix else []
-        return shared + self.own_pages
-
     def token_ids(self, start: int, stop: int) -> Items[int]:
         """Ids of the positions `start` … `stop` - 1, none of them virtual."""
         start, stop = start - self.num_virtual, stop - self.num_virtual
@@ -88,3 +91,7 @@ class Sequence:
         return (prompt[start:] if start < len(prompt) else []) + self.output[
             max(0, start - len(prompt)) : stop - len(prompt)
         ]
+
+    def page_key(self, page: int, page_size: int) -> tuple[int, ...]:
+        """The text of its `page`-th page, which is full; virtual tokens that begin it are not named."""
+        return tuple(self.token_ids(max(self.num_virtual, page * page_size), (page + 1) * page_size))

@@ -5,18 +5,20 @@ of scheduling."""
 from server.model.attention import AttentionPlan, DecodeGroup, PagedAttention, PrefillRow
 from server.model.base import BaseShape, FrozenBase
 from server.model.kv_cache import KVCache, LayerShape
-from server.model.sites import RowDelta, Segment, SitePlan, Sites
+from server.model.sites import DeltaKind, RowDelta, Rows, Segment, SitePlan, Sites
 
 __all__ = [
     "AttentionPlan",
     "BaseShape",
     "DecodeGroup",
+    "DeltaKind",
     "FrozenBase",
     "KVCache",
     "LayerShape",
     "PagedAttention",
     "PrefillRow",
     "RowDelta",
+    "Rows",
     "Segment",
     "SitePlan",
     "Sites",

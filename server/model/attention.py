@@ -168,9 +168,7 @@ class PagedAttention:
         # [kv_heads, heads per KV head · tokens, head_dim]: as in `_decode`, KV heads are not repeated
         grouped = query.transpose(0, 1).reshape(1, kv_heads, repeats * tokens, head_dim)
         mask = self._prefill_mask(row, tokens, options.sliding_window, query.dtype).repeat(1, 1, repeats, 1)
-        output = _weighted_values(
-            grouped, key.transpose(0, 1)[None], value.transpose(0, 1)[None], mask, options, sinks
-        )
+        output = _weighted_values(grouped, key.transpose(0, 1)[None], value.transpose(0, 1)[None], mask, options, sinks)
         return output.view(heads, tokens, head_dim).transpose(0, 1)
 
     def _prefill_mask(self, row: PrefillRow, tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,13 @@ class BaseShape:
     embedding_width: int
     dtype: torch.dtype
 
+    @property
+    def widest(self) -> int:
+        """The largest of all widths."""
+        widths = [width for site in self.sites.values() for width in (site.inputs, site.outputs)]
+        widths += [layer.kv_heads * layer.head_dim for layer in self.layers]
+        return max(self.embedding_width, *widths)
+
 
 class FrozenBase:
     """A probed model with its sites."""

@@ -42,7 +42,9 @@ def _agree(fused: Tensor, own: Tensor) -> bool:
     if fused.shape != own.shape or fused.dtype != own.dtype:
         return False
     scale = max(float(own.abs().max()), 1.0)
-    return float((fused.float() - own.float()).abs().max()) <= scale * _TOLERANCE.get(own.dtype, _LOW_PRECISION_TOLERANCE)
+    return float((fused.float() - own.float()).abs().max()) <= scale * _TOLERANCE.get(
+        own.dtype, _LOW_PRECISION_TOLERANCE
+    )
 
 
 def _norms(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
@@ -75,10 +77,7 @@ def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Ca
         activated_gate = products.activated(gate, activation, algorithm)
 
         def mlp(inputs: Tensor, activated_gate: products.Product = activated_gate) -> Tensor:
-            if sites.touches(touched):
-                outputs: Tensor = own(inputs)
-                return outputs
-            outputs = down(times_up(inputs, activated_gate(inputs)))
+            outputs: Tensor = own(inputs) if sites.touches(touched) else down(times_up(inputs, activated_gate(inputs)))
             return outputs
 
         yield mlp, gate.in_features  # type: ignore[misc]

@@ -1,8 +1,8 @@
 """The base's matrix products on a CPU, by oneDNN with weights in its blocked layout.
 
 A weight is reordered once, at load, and takes the place of the original, which is freed: `to_dense` gives it back, bit
-by bit. A product over 1 to 64 rows then takes about half the time that it takes over the plain weight, one over hundreds
-of rows 5 to 15 % less (two Zen 4 cores, float32). What follows a product element by element can be fused into it.
+by bit. A product over 1 to 64 rows then takes about half the time that it takes over the plain weight, one over
+hundreds of rows 5 to 15 % less (two Zen 4 cores, float32). What follows element by element can be fused into it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ def can_pack(module: nn.Module) -> bool:
     if type(module) is not nn.Linear and type(module) is not Conv1D:  # a subclass may do more than the product
         return False
     weight = module.weight
-    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }.get(weight.dtype)
-    return supported is not None and bool(supported())
+    match weight.dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        case _:
+            return False
 
 
 def pack(module: nn.Module) -> Product:
@@ -72,7 +75,7 @@ def multiplied(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight `[out, in]` of a linear module, packed or not."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, assignment, operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]  # as above
     if weight.is_mkldnn:
         return weight.to_dense()
     return weight.t() if isinstance(module, Conv1D) else weight

@@ -9,7 +9,7 @@ input scale gives Mₖ(x) = Mₖ₋₁(l ⊙ x), everything else adds to or scal
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,36 +22,56 @@ from transformers.pytorch_utils import Conv1D
 from server.model import products
 
 
-class RowDelta(ABC):
-    """One adapter's change of one module, applied to the rows of that adapter, in place."""
+class DeltaKind(ABC):  # noqa: B024 - a kind changes inputs, outputs or both; none is right for all
+    """How deltas of one kind change a module, for several groups of tokens at once, each group with its own rows.
+
+    Frozen and equal by value: what is not a tensor (an activation, say) is a field.
+    """
 
     changes_input: bool = False
 
-    def change_input(self, inputs: Tensor) -> None:  # noqa: B027 - most change outputs only
-        """Change `[tokens, in]`, a copy that is this site's own."""
+    def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - most change outputs only
+        """Change `inputs` `[groups, tokens, in]`, a copy that is this site's own; `blocks` `[groups, rows, width]`."""
 
-    def change_output(self, inputs: Tensor, outputs: Tensor) -> None:  # noqa: B027 - some change inputs only
-        """Change `outputs` `[tokens, out]`, given Mₖ's `inputs` `[tokens, in]`."""
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - see above
+        """Change `outputs` `[groups, tokens, out]` in place, given Mₖ's `inputs` `[groups, tokens, in]`."""
 
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What it keeps resident."""
 
-    @abstractmethod
-    def to(self, device: torch.device) -> RowDelta:
-        """The same delta with its tensors on `device`."""
+@dataclass(frozen=True, eq=False)
+class RowDelta:
+    """One adapter's change of one module."""
+
+    kind: DeltaKind
+    blocks: tuple[Tensor, ...]  # each [rows, width], as its kind says
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One block of the deltas of a group: rows out of a pool."""
+
+    pool: Tensor  # [all rows, width]
+    first: int | Tensor  # the block's first row: one adapter's, or each token's [tokens]
+    count: int
+
+    def gather(self) -> Tensor:
+        """`[groups, rows, width]`: one group with one adapter's rows, or a group for each token."""
+        if isinstance(self.first, int):
+            return self.pool[self.first : self.first + self.count][None]
+        index = self.first[:, None] + torch.arange(self.count, device=self.first.device)
+        return self.pool.index_select(0, index.flatten()).view(len(index), self.count, -1)
 
 
 class Segment(NamedTuple):
-    """Neighbouring tokens of a step that share a delta."""
+    """Tokens of a step whose deltas at a site are of one kind: all of one adapter, or each of its own."""
 
-    start: int
-    stop: int
-    delta: RowDelta
+    tokens: slice | Tensor
+    kind: DeltaKind
+    blocks: tuple[Rows, ...]
+    is_each: bool  # each token has its own rows
 
 
 SitePlan = Mapping[str, Sequence[Sequence[Segment]]]
-"""Per site name the levels of the stacks (task, user), each a list of disjoint segments."""
+"""Per site name the levels of the stacks (task, user), each a list of segments that share no token."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +146,30 @@ def _apply(base_forward: Callable[[Tensor], Tensor], inputs: Tensor, levels: Seq
     outputs = base_forward(inputs)
     rows = outputs.view(-1, outputs.shape[-1])
     for segments, level_inputs in zip(levels, reversed(seen), strict=True):
-        for start, stop, delta in segments:
-            delta.change_output(level_inputs[start:stop], rows[start:stop])
+        for segment in segments:
+            chosen = rows[segment.tokens]
+            blocks = [block.gather() for block in segment.blocks]
+            given = level_inputs[segment.tokens]
+            segment.kind.change_output(_grouped(given, segment), _grouped(chosen, segment), *blocks)
+            if isinstance(segment.tokens, Tensor):  # a copy was changed
+                rows[segment.tokens] = chosen
     return outputs
 
 
 def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
-    changing = [segment for segment in segments if segment.delta.changes_input]
+    changing = [segment for segment in segments if segment.kind.changes_input]
     if not changing:
         return inputs
     inputs = inputs.clone()  # the base's other modules read the original too
     rows = inputs.view(-1, inputs.shape[-1])
-    for start, stop, delta in changing:
-        delta.change_input(rows[start:stop])
+    for segment in changing:
+        chosen = rows[segment.tokens]
+        segment.kind.change_input(_grouped(chosen, segment), *[block.gather() for block in segment.blocks])
+        if isinstance(segment.tokens, Tensor):
+            rows[segment.tokens] = chosen
     return inputs
+
+
+def _grouped(tokens: Tensor, segment: Segment) -> Tensor:
+    """`[tokens, width]` as `[groups, tokens of a group, width]`."""
+    return tokens[:, None] if segment.is_each else tokens[None]

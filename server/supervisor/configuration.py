@@ -34,6 +34,7 @@ def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
         dtype=settings.dtype,
         max_seqs=settings.max_seqs,
         max_batch_tokens=settings.max_batch_tokens,
+        max_prefill_tokens=settings.max_prefill_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=None if kv_cache is None else int(kv_cache * GIB),
         adapter_bytes=int(settings.adapter_memory * GIB),

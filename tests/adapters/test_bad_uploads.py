@@ -280,7 +280,7 @@ def test_tensors_that_hold_no_floating_point_values_are_refused(dtype: torch.dty
 def test_every_floating_point_type_is_read(dtype: torch.dtype) -> None:
     adapter = _read(PROMPT, {"prompt_embeddings": torch.ones(3, 8).to(dtype)})
     assert adapter.prefix is not None
-    assert adapter.prefix.tensors()[0].dtype == torch.float32
+    assert adapter.prefix.blocks[0].dtype == torch.float32
 
 
 def test_unknown_settings_are_warnings() -> None:

@@ -60,6 +60,7 @@ def configuration(model: Path, folder: Path) -> Configure:
         dtype="float32",
         max_seqs=32,
         max_batch_tokens=64,
+        max_prefill_tokens=None,
         max_model_len=None,
         kv_cache_bytes=4 * 2**20,
         adapter_bytes=64 * 2**20,

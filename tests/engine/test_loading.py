@@ -43,7 +43,13 @@ def engine_of(base: FrozenBase) -> Iterator[Callable[[Gate], Engine]]:
 
     def make(gate: Gate) -> Engine:
         limits = EngineLimits(
-            max_seqs=8, max_batch_tokens=64, max_queue=99, num_pages=200, page_size=4, adapter_bytes=10**9
+            max_seqs=8,
+            max_batch_tokens=64,
+            max_prefill_tokens=64,
+            max_queue=99,
+            num_pages=200,
+            page_size=4,
+            adapter_bytes=10**9,
         )
         engines.append(Engine(base, limits, gate.load))
         return engines[-1]

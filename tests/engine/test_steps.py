@@ -142,9 +142,9 @@ def test_prefix_pages_are_held_once_for_64_sequences_and_given_up_when_idle(
     assert stats.virtual_tokens == 8
     while engine.has_work:
         stats = collect(engine, results)
-    assert stats.kv_pages_used == 2  # the prefix, idle
-    engine.scheduler.prefixes.reclaim(299)
-    assert engine.scheduler.pages.used == 0
+    assert (stats.kv_pages_used, stats.kv_pages_idle) == (0, 2)  # the prefix
+    engine.scheduler.cache.take(299)
+    assert engine.scheduler.cache.num_idle == 0
     assert len({tuple(result.tokens) for result in results.values()}) > 10
     engine.close()
 

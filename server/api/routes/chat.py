@@ -37,7 +37,18 @@ async def chat(body: ChatBody, request: Request, services: TheServices) -> Respo
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts, max_tokens=None, logprobs=logprobs)
         prompt = await chat_prompt(base, target, body.messages)
-        generation = Generation(services, base, target, [prompt], plan, n=n, param="messages", arrived=arrived)
+        generation = Generation(
+            services,
+            base,
+            target,
+            [prompt],
+            plan,
+            n=n,
+            param="messages",
+            user=body.user,
+            priority=body.priority,
+            arrived=arrived,
+        )
     return await answer(request, generation, ChatWriter(generation, body), stream=body.stream)
 
 

@@ -42,7 +42,18 @@ async def complete(body: CompletionBody, request: Request, services: TheServices
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
         prompts = [await _prompt(base, prompt) for prompt in body.prompt]
-        generation = Generation(services, base, target, prompts, plan, n=n, param="prompt", arrived=arrived)
+        generation = Generation(
+            services,
+            base,
+            target,
+            prompts,
+            plan,
+            n=n,
+            param="prompt",
+            user=body.user,
+            priority=body.priority,
+            arrived=arrived,
+        )
     return await answer(request, generation, CompletionWriter(generation, body), stream=body.stream)
 
 

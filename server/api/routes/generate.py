@@ -62,7 +62,18 @@ async def _start(services: Services, name: str, body: GenerateBody) -> Generatio
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts)
         prompt = await _prompt(base, target, body)
         param = "input" if body.prompt_token_ids is None else "prompt_token_ids"
-        return Generation(services, base, target, [prompt], plan, n=1, param=param, arrived=arrived)
+        return Generation(
+            services,
+            base,
+            target,
+            [prompt],
+            plan,
+            n=1,
+            param=param,
+            user=body.user,
+            priority=body.priority,
+            arrived=arrived,
+        )
 
 
 async def _prompt(base: ServedBase, target: Target, body: GenerateBody) -> Prompt:

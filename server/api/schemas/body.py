@@ -49,6 +49,7 @@ class StreamOptions(Body):
 
 
 User = Annotated[str, Field(min_length=1, max_length=128)]
+Priority = Annotated[int, Field(ge=0, le=9, description="lower starts earlier; left out: 0")]
 
 
 def _has_surrogate(value: Any) -> bool:

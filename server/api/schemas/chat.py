@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, StreamOptions, User, example, harmless
+from server.api.schemas.body import Body, Priority, StreamOptions, User, example, harmless
 from server.api.schemas.sampling import MAX_LOGPROBS, SamplingFields
 
 MAX_MESSAGES = 4096
@@ -61,6 +61,7 @@ class ChatBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: User | None = None
+    priority: Priority | None = None
     return_token_ids: bool | None = None
     tools: Annotated[list[Any] | None, harmless([])] = None
     tool_choice: Annotated[Any, harmless("none", "auto")] = None

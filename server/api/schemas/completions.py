@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import StreamOptions, User, example, harmless
+from server.api.schemas.body import Priority, StreamOptions, User, example, harmless
 from server.api.schemas.sampling import MAX_LOGPROBS, SamplingFields
 
 _ONE_PROMPT = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]
@@ -47,6 +47,7 @@ class CompletionBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: User | None = None
+    priority: Priority | None = None
     return_token_ids: bool | None = None
     best_of: Annotated[int | None, harmless(1)] = None
     suffix: Annotated[str | None, harmless("")] = None

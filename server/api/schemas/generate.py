@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, User, example, harmless
+from server.api.schemas.body import Body, Priority, User, example, harmless
 from server.api.schemas.sampling import SamplingFields
 
 
@@ -20,6 +20,7 @@ class GenerateBody(SamplingFields):
     inputs: dict[str, Any] | None = Field(None, description="named values for the task's template")
     prompt_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     user: User | None = None
+    priority: Priority | None = None
     return_token_ids: bool | None = None
     stream: bool | None = None
 
