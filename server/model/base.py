@@ -6,6 +6,7 @@ A forward pass takes one packed step: embeddings `[num_tokens, hidden]` with exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from server.model.fused import fuse
 from server.model.heap import keep_freed_memory
 from server.model.kv_cache import LayerShape
 from server.model.probe import probe
+from server.model.products import dense_weight
 from server.model.sites import SitePlan, Sites, SiteShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,12 +30,14 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What an adapter must fit: widths and names, no weights."""
+    """What an adapter must fit: widths and names; and, for methods whose adapters are relative to them, the weights."""
 
     sites: dict[str, SiteShape]
     layers: tuple[LayerShape, ...]
     embedding_width: int
     dtype: torch.dtype
+    weight: Callable[[str], Tensor]  # of a site, [out, in]; never to be written to
+    bias: Callable[[str], Tensor | None]  # of a site, [out]
 
     @property
     def widest(self) -> int:
@@ -95,7 +99,15 @@ class FrozenBase:
     @property
     def shape(self) -> BaseShape:
         """What an adapter must fit."""
-        return BaseShape(self.sites.shapes, self.layers, self._embedding_weight.shape[1], self.dtype)
+        width = self._embedding_weight.shape[1]
+        return BaseShape(self.sites.shapes, self.layers, width, self.dtype, self._site_weight, self._site_bias)
+
+    def _site_weight(self, name: str) -> Tensor:
+        return dense_weight(self.model.get_submodule(name))
+
+    def _site_bias(self, name: str) -> Tensor | None:
+        bias: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]  # as above
+        return None if bias is None else bias.detach()
 
     @property
     def vocab_size(self) -> int:

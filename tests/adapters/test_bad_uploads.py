@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ SHAPE = BaseShape(
     layers=(LayerShape(2, 4), LayerShape(2, 4)),
     embedding_width=8,
     dtype=torch.float32,
+    weight=lambda name: torch.ones(SHAPE.sites[name].outputs, SHAPE.sites[name].inputs),
+    bias=lambda name: None,
 )
 PROMPT: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 PREFIX = {**PROMPT, "peft_type": "PREFIX_TUNING"}
@@ -245,7 +248,7 @@ def test_what_does_not_fit_the_base_is_named() -> None:
 
 
 def test_a_prefix_of_a_base_whose_layers_differ_is_refused() -> None:
-    shape = BaseShape(SHAPE.sites, (LayerShape(2, 4), LayerShape(1, 4)), 8, torch.float32)
+    shape = replace(SHAPE, layers=(LayerShape(2, 4), LayerShape(1, 4)))
     with pytest.raises(AdapterError) as caught:
         read_adapter(Checkpoint(PREFIX, _tensors(PREFIX), torch.float32), shape)
     assert caught.value.code == "base_mismatch"

@@ -29,7 +29,14 @@ NAMES = [
     "my_q_proj",
     "lm_head",
 ]
-SHAPE = BaseShape({name: SiteShape(4, 4, name == "lm_head") for name in NAMES}, (LayerShape(1, 4),), 4, torch.float32)
+SHAPE = BaseShape(
+    {name: SiteShape(4, 4, name == "lm_head") for name in NAMES},
+    (LayerShape(1, 4),),
+    4,
+    torch.float32,
+    lambda name: torch.zeros(4, 4),
+    lambda name: None,
+)
 
 _WORDS = ["q_proj", "v_proj", "proj", "c_proj", "attn.c_proj", "w1", "project_in", "lm_head", "0.w1", "missing"]
 _LISTS = st.lists(st.sampled_from([*_WORDS, *NAMES]), min_size=1, max_size=4)

@@ -1,26 +1,40 @@
-"""The benchmark's smoke test: it runs, finds both systems right, and prints every row. No figure is looked at."""
+"""`benchmarks.mixed` as a smoke test: it runs, finds both systems right, prints every row. No rate is looked at."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.adapters import write_adapters
+from benchmarks.adapters import LORA, METHODS, write_adapters
 from benchmarks.agreement import DisagreementError, check
 from benchmarks.bases import SIZES, BaseSize
 from benchmarks.medley import Medley
-from benchmarks.mixed import app
+from benchmarks.mixed import BASE, app, cached_tokens, mixes
 from benchmarks.peft_peer import PeftPeer
-from benchmarks.workload import Workload
+from benchmarks.workload import Task, Workload
 
-ROWS = ["base only", "4 × prompt tuning", "4 × prefix tuning", "4 × (IA)³", "4 × LoRA r=8 on q, v", "4 of all methods"]
 RATE = r"\d+\.\d"
+AFTER_TEXT = "base after 16 tokens of cached text"
+CACHED = {  # of 8 requests, by row: virtual tokens / text
+    BASE: "0 / 0",
+    AFTER_TEXT: "0 / 128",
+    "4 × prompt tuning": "160 / 0",
+    "4 × prefix tuning": "160 / 0",
+    "4 × (IA)³": "0 / 0",
+    "4 of these three": "120 / 0",
+    "4 × LoRA r=8 on q, v": "0 / 0",
+    "4 of all methods": "80 / 0",
+    "8 distinct LoRAs": "0 / 0",
+    "one LoRA for all": "0 / 0",
+}
+WORKLOAD = Workload(SIZES["tiny"], requests=8, prompt_tokens=8, new_tokens=4, virtual_tokens=20, tasks=4)
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +44,23 @@ def _reference_library_may_warn() -> Iterator[None]:
         yield
 
 
-def test_quick_mode_prints_every_row_with_both_systems_rates() -> None:
+def test_quick_mode_prints_every_row_and_serves_from_cache_only_what_it_says() -> None:
     outcome = CliRunner().invoke(app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    assert "greedy tokens equal those of PEFT alone" in outcome.output
-    for row in ROWS:
-        # task │ Medley │ ÷ base │ cached virtual / text │ PEFT │ way │ ratio
-        line = rf"{re.escape(row)} +│ +{RATE} │ +\d+\.\d+ │ +\d+ / 0 │ +{RATE} │ [^│]+│ +\d+\.\d\d │"
+    for row, cached in CACHED.items():
+        # task │ Medley │ ÷ base │ distinct │ cached virtual / text │
+        line = rf"{re.escape(row)} +│ +{RATE} │ +\d+\.\d+ │ +\d+ │ +{cached} │"
         assert re.search(line, outcome.output), f"{row} is missing in:\n{outcome.output}"
+    assert "Medley ÷ PEFT" not in outcome.output, "it was not asked for"
+
+
+def test_with_peft_both_systems_are_checked_and_compared() -> None:
+    outcome = CliRunner().invoke(app, ["--quick", "--peft"], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    assert "greedy tokens equal those of PEFT alone" in outcome.output
+    for method in METHODS:
+        line = rf"4 × {re.escape(method)}: Medley ÷ PEFT +│ +{RATE}"
+        assert re.search(line, outcome.output), f"{method} is missing in:\n{outcome.output}"
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones() -> None:
@@ -48,6 +71,22 @@ def test_an_unknown_size_is_refused_with_the_known_ones() -> None:
 
 def test_a_size_may_be_given_by_its_widths() -> None:
     assert BaseSize.parse("768x12x12x8192") == SIZES["large"]
+
+
+def test_each_row_has_as_many_tasks_as_it_says_and_is_beside_a_row_that_comes_before() -> None:
+    tasks = {method: [Task(method, f"{method} {index}", Path(f"{index}")) for index in range(4)] for method in METHODS}
+    loras = [Task(LORA, f"variant {index}", Path(f"v{index}")) for index in range(8)]
+    seen: set[str] = set()
+    for mix in mixes(WORKLOAD, tasks, loras):
+        assert mix.beside in seen | {mix.title}
+        seen.add(mix.title)
+        count = re.match(r"\d+", mix.title)
+        assert len({task.name for task in mix.tasks}) == (int(count[0]) if count else len(mix.tasks))
+
+
+@pytest.mark.parametrize(("virtual", "text"), [(16, 16), (20, 16), (31, 16), (32, 32)])
+def test_the_cached_text_is_whole_pages_and_never_longer_than_a_soft_prompt(virtual: int, text: int) -> None:
+    assert cached_tokens(replace(WORKLOAD, virtual_tokens=virtual)) == text
 
 
 def test_wrong_answers_stop_the_benchmark_before_any_timing(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""The frame that every benchmark reports through."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.frame import Case, Figure, Report, Table, Target, alternate, machine, ratio
+
+
+def _cases(seen: list[tuple[str, float]], *names: str, prompts: str | None = None) -> list[Case[float]]:
+    def measure(name: str, numbers: random.Random) -> float:
+        seen.append((name, numbers.random()))
+        return float(len(seen))
+
+    return [Case(name, lambda numbers, name=name: measure(name, numbers), prompts) for name in names]  # type: ignore[misc]
+
+
+def test_every_round_runs_every_case_in_order_and_the_first_is_not_counted() -> None:
+    seen: list[tuple[str, float]] = []
+    measured = alternate(_cases(seen, "a", "b"), rounds=2)
+    assert [name for name, _ in seen] == ["a", "b", "a", "b", "a", "b"]
+    assert measured == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_cases_have_numbers_of_their_own_which_are_fresh_in_each_round() -> None:
+    seen: list[tuple[str, float]] = []
+    alternate(_cases(seen, "a", "b"), rounds=3)
+    assert len({number for _, number in seen}) == len(seen) == 8
+
+
+def test_cases_that_share_prompts_have_the_same_numbers_in_a_round() -> None:
+    seen: list[tuple[str, float]] = []
+    alternate(_cases(seen, "a", "b", prompts="both"), rounds=2)
+    numbers = [number for _, number in seen]
+    assert numbers[0::2] == numbers[1::2]
+    assert len(set(numbers)) == 3
+
+
+def test_another_run_has_the_same_numbers() -> None:
+    runs: list[list[tuple[str, float]]] = [[], []]
+    for seen in runs:
+        alternate(_cases(seen, "a"), rounds=1)
+    assert runs[0] == runs[1]
+
+
+def test_a_ratio_compares_within_rounds_before_it_takes_the_median() -> None:
+    # The machine halves its speed after the first round; each round says 2 all the same.
+    assert ratio([4.0, 8.0, 8.0], [2.0, 4.0, 4.0]) == 2.0
+    assert ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "verdict"),
+    [
+        (0.95, Target(0.95), "reached"),
+        (0.9499, Target(0.95), "not reached"),
+        (10.0, Target(10, at_most=True), "reached"),
+        (10.01, Target(10, at_most=True), "not reached"),
+        (1.0, None, "–"),
+    ],
+)
+def test_the_verdict_looks_at_the_unrounded_value(value: float, target: Target | None, verdict: str) -> None:
+    assert Figure("a figure", value, target=target).verdict == verdict
+
+
+def _report() -> Report:
+    figures = [Figure("speed", 0.5, target=Target(0.9)), Figure("start", 3.0, "s", Target(10, at_most=True))]
+    details = Table("details", ("system", "tokens/s"), [("Medley", "12.5")], "a caption")
+    return Report("trial", "A trial", figures, machine(), [details], ["something was skipped"], "python -m trial")
+
+
+def test_a_report_prints_command_machine_details_notes_and_figures() -> None:
+    out = io.StringIO()
+    _report().print(Console(file=out, width=150))
+    for text in ("python -m trial", "torch", "12.5", "a caption", "something was skipped", "0.500 ×", "≥ 0.9"):
+        assert text in out.getvalue()
+    assert "not reached" in out.getvalue()
+
+
+def test_a_saved_report_has_all_of_it_and_replaces_the_one_before(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    for _ in range(2):
+        path = _report().write(folder)
+    assert [each.name for each in folder.iterdir()] == ["trial.json"]
+    content = json.loads(path.read_text("utf-8"))
+    assert content["command"] == "python -m trial"
+    assert content["machine"].keys() >= {"date", "processor", "cores", "torch", "python", "load"}
+    assert content["tables"][0]["rows"] == [["Medley", "12.5"]]
+    assert [figure["verdict"] for figure in content["figures"]] == ["not reached", "reached"]
+    assert content["figures"][1] == {
+        "name": "start",
+        "value": 3.0,
+        "unit": "s",
+        "target": {"bound": 10, "at_most": True},
+        "verdict": "reached",
+    }

@@ -1,0 +1,86 @@
+"""What the engine's benchmarks stand on: adapters in thousands, popularity, clocks, a process's memory."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks.adapters import LORA, write_adapters, write_variants
+from benchmarks.bases import SIZES, random_base
+from benchmarks.inprocess import drive, engine_limits, make_resident, open_engine
+from benchmarks.many import popularity, recently_used
+from benchmarks.process_memory import anonymous_bytes, load_peak
+from benchmarks.small import timed
+from benchmarks.workload import Job, Task, Workload
+from server.engine.runner import Runner
+from server.model import FrozenBase, PagedAttention
+
+WORKLOAD = Workload(SIZES["tiny"], requests=4, prompt_tokens=8, new_tokens=4, virtual_tokens=4, tasks=1)
+
+
+@pytest.fixture
+def base() -> FrozenBase:
+    return FrozenBase(random_base(WORKLOAD.size, 64))
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> list[Task]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pattern = write_adapters(WORKLOAD, tmp_path, [LORA])[LORA][0]
+    return write_variants(pattern, tmp_path / "variants", 5)
+
+
+def test_variants_are_served_and_no_two_are_equal(base: FrozenBase, loras: list[Task]) -> None:
+    weights = [load_file(task.folder / "adapter_model.safetensors") for task in loras]
+    for name in weights[0]:
+        values = [each[name].flatten()[0].item() for each in weights]
+        assert len(set(values)) == len(loras)
+    with open_engine(base, engine_limits(16)) as engine:
+        make_resident(engine, loras)
+        assert len(engine.bank) == len(loras)
+        run = drive(engine, [Job([1, 2, 3], task) for task in loras], 4)
+    assert [len(answer) for answer in run.answers] == [4] * len(loras)
+
+
+def test_a_task_is_drawn_by_zipfs_law() -> None:
+    drawn = Counter(random.Random(0).choices(range(1000), cum_weights=popularity(1000), k=100_000))
+    assert drawn[0] / drawn[9] == pytest.approx(10**1.1, rel=0.15)
+
+
+def test_what_a_cache_holds_is_distinct_and_favours_the_popular() -> None:
+    tasks = [Task(LORA, str(index), Path(str(index))) for index in range(1000)]
+    held = recently_used(tasks, popularity(1000), 100)
+    names = {task.name for task in held}
+    assert len(held) == len(names) == 100
+    assert {"0", "1", "2"} <= names
+    assert recently_used(tasks[:5], popularity(5), 100) != []
+
+
+def test_clocks_are_taken_off_again_and_parts_fit_into_the_step(base: FrozenBase) -> None:
+    own = Runner.run, PagedAttention.attend
+    with open_engine(base, engine_limits(32)) as engine:
+        parts = timed(engine, 2, WORKLOAD, random.Random(0))
+    assert (Runner.run, PagedAttention.attend) == own
+    assert 0 < parts.parts["attention"] < parts.parts["forward"]
+
+
+def test_limits_are_the_servers_but_for_what_is_given() -> None:
+    limits = engine_limits(7, page_size=8)
+    assert (limits.num_pages, limits.page_size, limits.max_queue) == (8, 8, 1024)
+
+
+def test_own_memory_grows_with_what_is_kept() -> None:
+    before = anonymous_bytes()
+    kept = bytearray(b"1" * 50_000_000)
+    assert anonymous_bytes() - before > 0.9 * len(kept)
+
+
+def test_a_process_that_cannot_load_its_base_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        load_peak(tmp_path)

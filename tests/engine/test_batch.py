@@ -1,0 +1,166 @@
+"""The plan of a step's row deltas: every token of every adapter once, with that adapter's rows, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.adapters import Adapter, EmbeddingPrefix, Resident, RowPool
+from server.adapters.deltas import input_scale, low_rank, output_scale
+from server.adapters.resident import Loaded
+from server.engine.batch import BatchBuilder, StepBatch
+from server.engine.prefixes import PrefixRun, Span
+from server.engine.protocol import Generate, Sampling
+from server.engine.scheduler import Row, Schedule
+from server.engine.sequence import Sequence
+from server.model import BaseShape, LayerShape, RowDelta
+from server.model.sites import SiteShape
+
+CPU = torch.device("cpu")
+HIDDEN, INNER, VOCABULARY = 4, 6, 9
+SITES = {
+    "up": SiteShape(HIDDEN, INNER, is_head=False),
+    "down": SiteShape(INNER, HIDDEN, is_head=False),
+    "head": SiteShape(HIDDEN, VOCABULARY, is_head=True),
+}
+SHAPE = BaseShape(SITES, (LayerShape(1, HIDDEN),), HIDDEN, torch.float32, lambda name: torch.zeros(HIDDEN, HIDDEN), lambda name: None)
+VIRTUAL = 3
+TEXT = 1000  # the ids of a sequence's text begin at TEXT · (its number + 1)
+
+Cell = tuple[str, int, int]  # site, level, token of the step or, at the head, row of the logits
+
+
+def _lora(rank: int, *sites: str) -> dict[str, RowDelta]:
+    return {
+        site: low_rank(torch.randn(rank, SITES[site].inputs), torch.randn(rank, SITES[site].outputs)) for site in sites
+    }
+
+
+def _adapter(kind: str) -> Adapter:
+    deltas = {
+        "lora": lambda: _lora(2, "up", "down"),
+        "wide": lambda: _lora(3, "up", "head"),
+        "ia3": lambda: {"up": output_scale(torch.randn(INNER)), "down": input_scale(torch.randn(INNER))},
+        "prompt": lambda: _lora(1, "head"),
+    }[kind]()
+    prefix = EmbeddingPrefix(torch.randn(VIRTUAL, HIDDEN)) if kind == "prompt" else None
+    return Adapter(kind, prefix=prefix, deltas=deltas)
+
+
+class Crowd:
+    """Adapters in a pool, three of each shape, and schedules of sequences that have them."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.rng = random.Random(seed)
+        self.pool = RowPool(1 << 14, VOCABULARY, dtype=torch.float32, device=CPU)
+        self.adapters = {f"{kind}{n}": _adapter(kind) for kind in ("lora", "wide", "ia3", "prompt") for n in range(3)}
+        self.residents = [self._placed(digest) for digest in self.rng.sample(list(self.adapters), len(self.adapters))]
+
+    def _placed(self, digest: str) -> Resident:
+        loaded = Loaded.of(self.adapters[digest], CPU)
+        first = self.pool.take(loaded.counts)
+        assert first is not None
+        for width, rows in loaded.rows.items():
+            self.pool.rows(width)[first[width] : first[width] + len(rows)] = rows
+        return Resident(digest, loaded.layout, loaded.counts, first, loaded.bytes)
+
+    def schedule(self, num_sequences: int) -> Schedule:
+        """Rows of one position and of many, at any place of their sequences; some prefixes run beside them."""
+        schedule = Schedule()
+        for number in range(num_sequences):
+            stack = tuple(self.rng.choices(self.residents, k=self.rng.choice([0, 1, 1, 2, 2])))
+            sequence = self._sequence(number, stack)
+            length = sequence.num_tokens
+            start = self.rng.randrange(sequence.num_virtual, length)
+            count = self.rng.choice([1, 1, self.rng.randrange(1, 5), length])
+            row = Row(sequence, start, min(count, length - start))
+            if self.rng.random() < 0.5:  # its last positions, which need logits
+                row = Row(sequence, length - row.count, row.count)
+            if sequence.spans and self.rng.random() < 0.5:
+                run = PrefixRun(sequence.stack_key, [0] * 9, None, spans=sequence.spans)
+                schedule.rows[run] = [Row(run, 0, run.length)]
+                schedule.owners[run] = sequence
+            schedule.rows[sequence] = [row]
+        return schedule
+
+    def _sequence(self, number: int, stack: tuple[Resident, ...]) -> Sequence:
+        spans: list[Span] = []
+        at = 0
+        for level, resident in enumerate(stack):
+            if resident.layout.prefix is not None:
+                spans.append(Span(at, at + VIRTUAL, level, is_run=True))
+                at += VIRTUAL
+        first = TEXT * (number + 1)
+        request = Generate(
+            id=str(number),
+            prompt=list(range(first, first + self.rng.choice([1, 5, 30]))),
+            sampling=Sampling(max_tokens=1, prompt_logprobs=self.rng.random() < 0.2),
+            deadline=0.0,
+        )
+        return Sequence(request, stack=stack, spans=tuple(spans), block_table=[0] * 40)
+
+
+def _owners(batch: StepBatch, schedule: Schedule, residents: dict[bytes, Sequence]) -> list[tuple[Resident, ...]]:
+    """Each token's stack: known by its id or, if it is virtual, by its embedding."""
+    sequences = {int(run.id): run for run in schedule.rows if isinstance(run, Sequence)}
+    owners = [sequences[token // TEXT - 1].stack if token else () for token in batch.token_ids.tolist()]
+    for first, embeddings in batch.embeddings:
+        for index, embedding in enumerate(embeddings):
+            owners[first + index] = residents[embedding.numpy().tobytes()].stack
+    return owners
+
+
+def _expected(batch: StepBatch, owners: list[tuple[Resident, ...]]) -> dict[Cell, Resident]:
+    expected: dict[Cell, Resident] = {}
+    heads = batch.logit_tokens.tolist()
+    for name, site in SITES.items():
+        for place, token in enumerate(heads if site.is_head else range(len(owners))):
+            for level, resident in enumerate(owners[token]):
+                if any(delta.site == name for delta in resident.layout.deltas):
+                    expected[name, level, place] = resident
+    return expected
+
+
+def _planned(batch: StepBatch, num_tokens: int) -> Iterator[tuple[Cell, object, tuple[Tensor, ...]]]:
+    """Every cell of the plan with its kind and the rows that it is given."""
+    for site, levels in batch.deltas.items():
+        count = len(batch.logit_tokens) if SITES[site].is_head else num_tokens
+        for level, segments in enumerate(levels):
+            for segment in segments:
+                blocks = [block.gather() for block in segment.blocks]
+                tokens = torch.arange(count)[segment.tokens].tolist()
+                assert tokens, "a segment without tokens"
+                assert all(len(block) == (len(tokens) if segment.is_each else 1) for block in blocks)
+                for index, token in enumerate(tokens):
+                    rows = tuple(block[index if segment.is_each else 0] for block in blocks)
+                    yield (site, level, token), segment.kind, rows
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_plan_has_every_token_of_every_adapter_once_with_its_own_rows(seed: int) -> None:
+    crowd = Crowd(seed)
+    builder = BatchBuilder(SHAPE, crowd.pool, 16, CPU)
+    schedule = crowd.schedule(crowd.rng.choice([1, 4, 12, 40]))
+    batch = builder.build(schedule)
+    owners = _owners(batch, schedule, _virtual_owners(crowd, schedule))
+    assert len(owners) == sum(row.count for row in schedule)
+    expected = _expected(batch, owners)
+    planned = list(_planned(batch, len(owners)))
+    times = Counter(cell for cell, _, _ in planned)
+    assert set(times.values()) <= {1}, "a delta is applied twice"
+    assert times.keys() == expected.keys()
+    for cell, kind, rows in planned:
+        own = crowd.adapters[expected[cell].digest].deltas[cell[0]]
+        assert kind == own.kind
+        assert all(torch.equal(given, block) for given, block in zip(rows, own.blocks, strict=True))
+    assert batch.num_adapters == len({resident.digest for stack in owners for resident in stack})
+
+
+def _virtual_owners(crowd: Crowd, schedule: Schedule) -> dict[bytes, Sequence]:
+    raise NotImplementedError

@@ -1,0 +1,262 @@
+"""Faster forms give what the class's own code gives, and are there; what only looks alike keeps its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from server.adapters.deltas import input_scale, low_rank, output_scale
+from server.model import RowDelta, Rows, Segment, Sites, fused
+
+WIDTH, INNER = 16, 24
+_TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+# What of a class is known to have a faster form: norms, gated MLPs, rotations, for each of two layers.
+FORMS = {
+    "llama": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "mistral": (5, 2, 2),
+    "gemma": (5, 2, 2),
+    "gemma2": (9, 2, 2),
+    "gpt_neox": (0, 0, 2),
+    "phi3": (5, 0, 2),
+}
+
+
+def _model(architecture: str) -> PreTrainedModel:
+    """Random weights, large enough to make every part matter."""
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(architecture, **_TINY)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def _fuse(model: nn.Module) -> Sites:
+    sites = Sites(model, None)
+    fused.fuse(model, sites)
+    return sites
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return "forward" not in vars(module)
+
+
+def _forms(model: nn.Module) -> tuple[int, int, int]:
+    """How many norms, gated MLPs and rotations are not the class's own."""
+    norms = mlps = rotations = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or _has_own_forward(module):
+            continue
+        if hasattr(module, "gate_proj"):
+            mlps += 1
+        elif hasattr(module, "q_proj") or hasattr(module, "qkv_proj") or hasattr(module, "query_key_value"):
+            function: Any = getattr(module.forward, "__func__", None)
+            rotations += function.__globals__["apply_rotary_pos_emb"] is fused.rotate
+        else:
+            norms += 1
+    return norms, mlps, rotations
+
+
+@pytest.mark.parametrize("architecture", FORMS)
+@torch.inference_mode()
+def test_the_fused_forms_are_in_place_and_the_logits_are_the_classes_own(architecture: str) -> None:
+    model = _model(architecture)
+    token_ids = torch.arange(3, 27).view(2, 12)
+    own = model(token_ids).logits
+    assert _forms(model) == (0, 0, 0)
+    _fuse(model)
+    assert _forms(model) == FORMS[architecture]
+    logits = model(token_ids).logits
+    assert float((logits - own).abs().max()) <= 1e-5 * float(own.abs().max())
+
+
+class Norm(nn.Module):
+    """A root mean square norm, as most classes have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class MeanNorm(Norm):
+    """Divides by the mean magnitude."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden / (hidden.abs().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class CentredNorm(Norm):
+    """Takes the mean away first."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden - hidden.mean(-1, keepdim=True))
+
+
+class HalfWeightNorm(Norm):
+    """Its weight less one half."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (self.weight + 0.5) / self.weight
+
+
+class Mlp(nn.Module):
+    """A gated MLP with any activation."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER, bias=False)
+        self.down_proj = nn.Linear(INNER, WIDTH)
+        self.activation = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        outputs: Tensor = self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return outputs
+
+
+class AddingMlp(Mlp):
+    """Its gate is added."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        outputs: Tensor = self.down_proj(self.activation(self.gate_proj(hidden)) + self.up_proj(hidden))
+        return outputs
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    """The other common convention, under the same name: each dimension is paired with its neighbour."""
+
+    def rotated(heads: Tensor) -> Tensor:
+        neighbours = torch.stack([-heads[..., 1::2], heads[..., ::2]], -1).flatten(-2)
+        return heads * cos.unsqueeze(unsqueeze_dim) + neighbours * sin.unsqueeze(unsqueeze_dim)
+
+    return rotated(q), rotated(k)
+
+
+class InterleavedAttention(nn.Module):
+    """Rotates its input, as far as it matters here."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+@pytest.mark.parametrize("make", [Norm, lambda: Mlp(functional.silu)], ids=["norm", "mlp"])
+def test_a_module_of_an_unknown_class_is_known_by_what_it_computes(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([make()])
+    _fuse(model)
+    assert not _has_own_forward(model[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        MeanNorm,
+        CentredNorm,
+        HalfWeightNorm,
+        lambda: nn.LayerNorm(WIDTH),
+        lambda: Mlp(torch.tanh),
+        lambda: Mlp(torch.sigmoid),
+        lambda: Mlp(lambda gate: gate * torch.sigmoid(1.702 * gate)),  # an approximation of GELU that has no fused form
+        lambda: AddingMlp(functional.silu),
+        InterleavedAttention,
+    ],
+    ids=["mean", "centred", "half", "layer", "tanh", "sigmoid", "quick_gelu", "adding", "interleaved"],
+)
+def test_a_module_that_only_looks_alike_keeps_its_own_forward(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([make()])
+    _fuse(model)
+    assert _has_own_forward(model[0])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [functional.silu, functional.gelu, lambda x: functional.gelu(x, approximate="tanh"), functional.relu],
+    ids=["silu", "gelu", "gelu_tanh", "relu"],
+)
+@torch.inference_mode()
+def test_a_gated_mlp_has_its_own_activation_fused_in(activation: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(1)
+    mlp = Mlp(activation)
+    inputs = torch.linspace(-9, 9, 50 * WIDTH).view(1, 50, WIDTH)
+    own = mlp(inputs)
+    _fuse(nn.ModuleList([mlp]))
+    assert not _has_own_forward(mlp)
+    assert float((mlp(inputs) - own).abs().max()) <= 1e-5 * float(own.abs().max())
+
+
+def _segment(delta: RowDelta, tokens: slice) -> Segment:
+    rows = tuple(Rows(block.contiguous(), 0, len(block)) for block in delta.blocks)
+    return Segment(tokens, delta.kind, rows, is_each=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.inference_mode()
+def test_a_fused_mlp_with_deltas_at_its_products_equals_the_slow_form(count: int) -> None:
+    torch.manual_seed(3)
+    model, plain = nn.ModuleDict({"mlp": Mlp(functional.silu)}), Mlp(functional.silu)
+    mlp = model["mlp"]
+    plain.load_state_dict(mlp.state_dict())
+    sites = _fuse(model)
+    assert not _has_own_forward(mlp)
+    A, B = torch.randn(2, WIDTH), torch.randn(INNER, 2)
+    out_scale, in_scale = torch.randn(INNER), torch.randn(INNER)
+    deltas = {
+        "gate_proj": low_rank(A, B.t()),
+        "up_proj": output_scale(out_scale),
+        "down_proj": input_scale(in_scale),
+    }
+    inputs = torch.randn(1, 5, WIDTH)
+    for names in combinations(deltas, count):
+        gate = plain.gate_proj(inputs) + (inputs @ A.t() @ B.t() if "gate_proj" in names else 0)
+        up = plain.up_proj(inputs) * (out_scale if "up_proj" in names else 1)
+        inner = functional.silu(gate) * up * (in_scale if "down_proj" in names else 1)
+        expected = torch.where(torch.arange(5)[:, None] < 3, plain.down_proj(inner), plain(inputs))
+        plan = {f"mlp.{name}": [[_segment(deltas[name], slice(0, 3))]] for name in names}
+        with sites.applying(plan):
+            outputs = mlp(inputs)
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotary_width", [8, 4, 2])
+def test_the_rotation_turns_each_pair_by_its_angle(rotary_width: int) -> None:
+    torch.manual_seed(0)
+    angles = torch.randn(1, 3, rotary_width // 2)
+    both = torch.cat([angles, angles], -1)
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    given = query.clone()
+    rotated = fused.rotate(query, key, both.cos(), both.sin())
+    assert torch.equal(query, given)
+    for heads, answer in zip((query, key), rotated, strict=True):
+        for token in range(3):
+            expected = heads[0, :, token].clone()
+            for pair in range(rotary_width // 2):
+                angle = float(angles[0, token, pair])
+                x, y = heads[0, :, token, pair], heads[0, :, token, pair + rotary_width // 2]
+                expected[:, pair] = x * math.cos(angle) - y * math.sin(angle)
+                expected[:, pair + rotary_width // 2] = y * math.cos(angle) + x * math.sin(angle)
+            torch.testing.assert_close(answer[0, :, token], expected)

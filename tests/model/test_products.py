@@ -1,0 +1,136 @@
+"""Products over packed weights, against torch's own over the weights as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from server.model import products
+
+IN, OUT = 40, 24
+ROWS = [0, 1, 5, 64, 300]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of the largest value; bfloat16 keeps 8 bits
+ACTIVATIONS: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+    ("swish", "", functional.silu),
+    ("gelu", "tanh", lambda x: functional.gelu(x, approximate="tanh")),
+    ("gelu", "none", functional.gelu),
+    ("relu", "", functional.relu),
+]
+
+
+def _linear(dtype: torch.dtype) -> nn.Module:
+    return nn.Linear(IN, OUT).to(dtype)
+
+
+def _without_bias(dtype: torch.dtype) -> nn.Module:
+    return nn.Linear(IN, OUT, bias=False).to(dtype)
+
+
+def _transposed(dtype: torch.dtype) -> nn.Module:
+    module = Conv1D(OUT, IN)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    return module.to(dtype)
+
+
+MODULES = [_linear, _without_bias, _transposed]
+Make = Callable[[torch.dtype], nn.Module]
+
+
+def _packable(make: Make, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A module to be packed, and its like that stays."""
+    torch.manual_seed(5)
+    module = make(dtype)
+    if not products.can_pack(module):
+        assert dtype != torch.float32, "float32 products are packed on every processor"
+        pytest.skip(f"this processor has no products in {dtype}")
+    return module, copy.deepcopy(module)
+
+
+def _assert_close(given: Tensor, expected: Tensor) -> None:
+    """`expected` is in float32, rounded once at most."""
+    assert given.shape == expected.shape
+    if given.numel():
+        difference = float((given.float() - expected).abs().max())
+        assert difference <= float(expected.abs().max()) * TOLERANCE[given.dtype]
+
+
+def _expected(plain: nn.Module, inputs: Tensor) -> Tensor:
+    answer: Tensor = plain.float()(inputs.float())
+    return answer
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("make", MODULES)
+@torch.inference_mode()
+def test_a_packed_product_is_the_modules_own(make: Make, rows: int, dtype: torch.dtype) -> None:
+    module, plain = _packable(make, dtype)
+    inputs = torch.randn(1, rows, IN).to(dtype)
+    outputs = products.pack(module)(inputs)
+    assert outputs.dtype == dtype
+    _assert_close(outputs, _expected(plain, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("make", MODULES)
+@torch.inference_mode()
+def test_an_activation_fused_in_is_the_activation_of_the_product(make: Make, rows: int, dtype: torch.dtype) -> None:
+    module, plain = _packable(make, dtype)
+    products.pack(module)
+    inputs = (3 * torch.randn(1, rows, IN)).to(dtype)
+    for name, algorithm, function in ACTIVATIONS:
+        outputs = products.activated(module, name, algorithm)(inputs)
+        assert outputs.dtype == dtype
+        _assert_close(outputs, function(_expected(plain, inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("make", MODULES)
+@torch.inference_mode()
+def test_a_factor_fused_in_multiplies_the_product(make: Make, rows: int, dtype: torch.dtype) -> None:
+    module, plain = _packable(make, dtype)
+    products.pack(module)
+    inputs, factor = torch.randn(1, rows, IN).to(dtype), torch.randn(1, rows, OUT).to(dtype)
+    given = factor.clone()
+    outputs = products.multiplied(module)(inputs, factor)
+    assert outputs.dtype == dtype
+    assert torch.equal(factor, given)
+    _assert_close(outputs, _expected(plain, inputs) * factor.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", MODULES)
+def test_the_weight_comes_back_bit_by_bit_and_nothing_is_lost(make: Make, dtype: torch.dtype) -> None:
+    module, plain = _packable(make, dtype)
+    original = products.dense_weight(plain)
+    assert original.shape == (OUT, IN)
+    products.pack(module)
+    assert torch.equal(products.dense_weight(module), original)
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in module.named_parameters()] == names
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert count == sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_only_plain_linear_modules_on_a_cpu_in_a_floating_dtype_are_packed() -> None:
+    class Own(nn.Linear):
+        """May do more than the product."""
+
+    class OwnTransposed(Conv1D):  # type: ignore[misc]  # transformers is untyped
+        """Likewise."""
+
+    assert not products.can_pack(Own(IN, OUT))
+    assert not products.can_pack(OwnTransposed(OUT, IN))
+    assert not products.can_pack(nn.LayerNorm(IN))
+    assert not products.can_pack(nn.Linear(IN, OUT).double())
+    assert not products.can_pack(nn.Linear(IN, OUT, device="meta"))
