@@ -106,7 +106,7 @@ class FrozenBase:
         return dense_weight(self.model.get_submodule(name))
 
     def _site_bias(self, name: str) -> Tensor | None:
-        bias: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]  # as above
+        bias: Tensor | None = self.model.get_submodule(name).bias
         return None if bias is None else bias.detach()
 
     @property

@@ -28,9 +28,11 @@ SITES = {
     "down": SiteShape(INNER, HIDDEN, is_head=False),
     "head": SiteShape(HIDDEN, VOCABULARY, is_head=True),
 }
-SHAPE = BaseShape(SITES, (LayerShape(1, HIDDEN),), HIDDEN, torch.float32, lambda name: torch.zeros(HIDDEN, HIDDEN), lambda name: None)
+SHAPE = BaseShape(
+    SITES, (LayerShape(1, HIDDEN),), HIDDEN, torch.float32, lambda name: torch.zeros(HIDDEN, HIDDEN), lambda name: None
+)
 VIRTUAL = 3
-TEXT = 1000  # the ids of a sequence's text begin at TEXT · (its number + 1)
+PAGE_SIZE, RUN_PAGES = 4, 16
 
 Cell = tuple[str, int, int]  # site, level, token of the step or, at the head, row of the logits
 
@@ -58,6 +60,7 @@ class Crowd:
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.rng = random.Random(seed)
+        self.runs = 0
         self.pool = RowPool(1 << 14, VOCABULARY, dtype=torch.float32, device=CPU)
         self.adapters = {f"{kind}{n}": _adapter(kind) for kind in ("lora", "wide", "ia3", "prompt") for n in range(3)}
         self.residents = [self._placed(digest) for digest in self.rng.sample(list(self.adapters), len(self.adapters))]
@@ -76,17 +79,16 @@ class Crowd:
         for number in range(num_sequences):
             stack = tuple(self.rng.choices(self.residents, k=self.rng.choice([0, 1, 1, 2, 2])))
             sequence = self._sequence(number, stack)
-            length = sequence.num_tokens
-            start = self.rng.randrange(sequence.num_virtual, length)
-            count = self.rng.choice([1, 1, self.rng.randrange(1, 5), length])
-            row = Row(sequence, start, min(count, length - start))
-            if self.rng.random() < 0.5:  # its last positions, which need logits
-                row = Row(sequence, length - row.count, row.count)
             if sequence.spans and self.rng.random() < 0.5:
-                run = PrefixRun(sequence.stack_key, [0] * 9, None, spans=sequence.spans)
+                run = PrefixRun(sequence.stack_key, self._pages(), None, spans=sequence.spans)
                 schedule.rows[run] = [Row(run, 0, run.length)]
                 schedule.owners[run] = sequence
-            schedule.rows[sequence] = [row]
+            length = sequence.num_tokens
+            start = self.rng.randrange(sequence.num_prefix, length)
+            count = min(self.rng.choice([1, 1, self.rng.randrange(1, 5), length]), length - start)
+            if self.rng.random() < 0.5:  # its last positions, which need logits
+                start = length - count
+            schedule.rows[sequence] = [Row(sequence, start, count)]
         return schedule
 
     def _sequence(self, number: int, stack: tuple[Resident, ...]) -> Sequence:
@@ -96,24 +98,30 @@ class Crowd:
             if resident.layout.prefix is not None:
                 spans.append(Span(at, at + VIRTUAL, level, is_run=True))
                 at += VIRTUAL
-        first = TEXT * (number + 1)
         request = Generate(
             id=str(number),
-            prompt=list(range(first, first + self.rng.choice([1, 5, 30]))),
+            prompt=[5] * self.rng.choice([0, 1, 5, 30] if spans else [1, 5, 30]),
             sampling=Sampling(max_tokens=1, prompt_logprobs=self.rng.random() < 0.2),
             deadline=0.0,
         )
-        return Sequence(request, stack=stack, spans=tuple(spans), block_table=[0] * 40)
+        return Sequence(request, stack=stack, spans=tuple(spans), block_table=self._pages())
+
+    def _pages(self) -> list[int]:
+        """A run's own, so that a slot says whose token is written there."""
+        self.runs += 1
+        return list(range(self.runs * RUN_PAGES, (self.runs + 1) * RUN_PAGES))
 
 
-def _owners(batch: StepBatch, schedule: Schedule, residents: dict[bytes, Sequence]) -> list[tuple[Resident, ...]]:
-    """Each token's stack: known by its id or, if it is virtual, by its embedding."""
-    sequences = {int(run.id): run for run in schedule.rows if isinstance(run, Sequence)}
-    owners = [sequences[token // TEXT - 1].stack if token else () for token in batch.token_ids.tolist()]
-    for first, embeddings in batch.embeddings:
-        for index, embedding in enumerate(embeddings):
-            owners[first + index] = residents[embedding.numpy().tobytes()].stack
-    return owners
+def _owners(batch: StepBatch, schedule: Schedule) -> list[tuple[Resident, ...]]:
+    """Each token's stack, by the page to which its key and value go."""
+    stacks: dict[int, tuple[Resident, ...]] = {}
+    for run in schedule.rows:
+        if isinstance(run, Sequence):
+            stacks[run.block_table[0]] = run.stack
+        else:
+            stacks[run.pages[0]] = schedule.owners[run].stack
+    pages = [slot // PAGE_SIZE for slot in batch.attention.slots.tolist()]
+    return [stacks[page - page % RUN_PAGES] for page in pages]
 
 
 def _expected(batch: StepBatch, owners: list[tuple[Resident, ...]]) -> dict[Cell, Resident]:
@@ -145,10 +153,10 @@ def _planned(batch: StepBatch, num_tokens: int) -> Iterator[tuple[Cell, object, 
 @pytest.mark.parametrize("seed", range(25))
 def test_a_plan_has_every_token_of_every_adapter_once_with_its_own_rows(seed: int) -> None:
     crowd = Crowd(seed)
-    builder = BatchBuilder(SHAPE, crowd.pool, 16, CPU)
+    builder = BatchBuilder(SHAPE, crowd.pool, PAGE_SIZE, CPU)
     schedule = crowd.schedule(crowd.rng.choice([1, 4, 12, 40]))
     batch = builder.build(schedule)
-    owners = _owners(batch, schedule, _virtual_owners(crowd, schedule))
+    owners = _owners(batch, schedule)
     assert len(owners) == sum(row.count for row in schedule)
     expected = _expected(batch, owners)
     planned = list(_planned(batch, len(owners)))
@@ -160,7 +168,3 @@ def test_a_plan_has_every_token_of_every_adapter_once_with_its_own_rows(seed: in
         assert kind == own.kind
         assert all(torch.equal(given, block) for given, block in zip(rows, own.blocks, strict=True))
     assert batch.num_adapters == len({resident.digest for stack in owners for resident in stack})
-
-
-def _virtual_owners(crowd: Crowd, schedule: Schedule) -> dict[bytes, Sequence]:
-    raise NotImplementedError
