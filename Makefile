@@ -32,7 +32,7 @@ demo-check: $(INSTALLED)
 	$(BIN)/python -m demo.check
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

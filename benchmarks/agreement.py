@@ -33,7 +33,7 @@ def check(workload: Workload, medley: Medley, peer: PeftPeer, tasks: dict[str, l
     answers = {"Medley": medley.run(jobs).answers, "PEFT": peer.run(jobs).answers}
     compared = 0
     for index, job in enumerate(jobs):
-        expected, count = _reference(peer, job)
+        expected, count = certain_tokens(peer, job)
         compared += count
         for system, given in answers.items():
             if given[index][:count] != expected[:count]:
@@ -45,8 +45,8 @@ def check(workload: Workload, medley: Medley, peer: PeftPeer, tasks: dict[str, l
     )
 
 
-def _reference(peer: PeftPeer, job: Job) -> tuple[list[int], int]:
-    """The tokens alone, and how many of them are certain."""
+def certain_tokens(peer: PeftPeer, job: Job) -> tuple[list[int], int]:
+    """The tokens of a job alone, and how many of them come before a near tie."""
     tokens, logits = peer.alone(job)
     best = logits.topk(2).values
     ties = (best[:, 0] - best[:, 1] < NEAR_TIE).nonzero()

@@ -1,119 +1,216 @@
-"""`python -m benchmarks.mixed`: what does mixing tasks cost, and what does it gain over PEFT?
+"""`python -m benchmarks.mixed`: what does mixing tasks cost over the base alone, and what does it gain over PEFT?
 
-Prints, measured alternately in one run: base only, each method's tasks mixed, all methods at once; for Medley and
-for Hugging Face PEFT. Every round has fresh prompts, the first round warms up and is not counted, and no figure is
-printed before both systems have been found to give the right tokens.
+Alternated: the base only; the base after a text that is cached and about as long as a soft prompt; tasks of each
+method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all. Prompts and prefixes
+are compared with the base after cached text, for their positions are there too; everything else with the base only.
+
+Every request has a fresh prompt. Adapters, prefixes and the cached text are there before the clock starts, so the
+cached tokens that are printed are virtual ones and that text, and nothing else.
+
+With `--peft` each round also runs the same prompts by Hugging Face PEFT, each method in the best way that PEFT has for
+it, and no figure is printed before both systems have been found to give the right tokens.
 """
 
 from __future__ import annotations
 
 import random
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
-import torch
 import typer
-from rich.progress import Progress
-from transformers.utils import logging
 
-from benchmarks.adapters import LORA, write_adapters
+from benchmarks.adapters import IA3, LORA, PREFIX, PROMPT, write_adapters, write_variants
 from benchmarks.agreement import check
-from benchmarks.bases import SIZES, BaseSize
+from benchmarks.bases import SIZES
+from benchmarks.frame import (
+    Case,
+    Figure,
+    Quick,
+    Report,
+    Rounds,
+    Save,
+    Table,
+    Target,
+    Threads,
+    alternate,
+    machine,
+    ratio,
+)
+from benchmarks.inprocess import Size, default, drive, make_resident, prepare
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
-from benchmarks.report import Row, console, print_machine, print_table
-from benchmarks.workload import Task, Workload
+from benchmarks.workload import Job, Run, Task, Workload
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+BASE = "base only"
+OVER_PEFT = Target(3.0)  # where PEFT runs one batch per task
+_PER_TASK = "one batch per task"
+_PAGE: int = default("page_size")
+
 
 @dataclass(frozen=True)
-class _Mix:
+class Mix:
     """A row to be measured."""
 
     title: str
-    tasks: list[Task]
-    peft_way: str
-    has_target: bool
+    tasks: Sequence[Task] = ()  # taken in turn; none: the base only
+    beginning: Sequence[int] = ()  # cached text before each prompt
+    beside: str = BASE  # the row that it is compared with
+    least: float | None = None  # ÷ that row
+    peft_way: str | None = None  # how PEFT runs it; None: it is not asked to
 
 
-def _mixes(tasks: dict[str, list[Task]]) -> Iterator[_Mix]:
-    """Base only, each method, and all at once with as many tasks as each method has alone."""
-    yield _Mix("base only", [], "one static batch", False)
-    for method, own in tasks.items():
-        per_task = method != LORA
-        way = "one batch per task" if per_task else "one batch, adapter_names"
-        yield _Mix(f"{len(own)} × {method}", own, way, per_task)
-    count = len(next(iter(tasks.values())))
-    methods = list(tasks.values())
-    every = [methods[index % len(methods)][index // len(methods)] for index in range(count)]
-    yield _Mix(f"{count} of all methods", every, "LoRAs in one, rest per task", False)
+@dataclass(frozen=True)
+class Pair:
+    """One round of a row."""
+
+    medley: Run
+    adapters: int  # distinct ones, in the step that had most
+    peft: Run | None
 
 
-def measure(workload: Workload, medley: Medley, peer: PeftPeer, mixes: list[_Mix], rounds: int) -> list[Row]:
-    """Alternate: each round runs every row on Medley and then on PEFT, with the same prompts."""
-    rows = [Row(mix.title, mix.peft_way, mix.has_target, [], []) for mix in mixes]
-    random_tokens = random.Random(0)
-    out = console()
-    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
-        bar = progress.add_task("rounds, the first to warm up", total=(rounds + 1) * len(rows))
-        for number in range(rounds + 1):
-            for mix, row in zip(mixes, rows, strict=True):
-                jobs = workload.jobs(mix.tasks, random_tokens)
-                medley_run, peft_run = medley.run(jobs), peer.run(jobs)
-                if number > 0:
-                    row.medley.append(medley_run)
-                    row.peft.append(peft_run)
-                progress.advance(bar)
-    return rows
+def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -> Iterator[Mix]:
+    """Every row; `loras` are as many as requests."""
+    text = [random.Random(3).randrange(workload.size.vocabulary) for _ in range(cached_tokens(workload))]
+    after = f"base after {len(text)} tokens of cached text"
+    count, mixable = workload.tasks, [PROMPT, PREFIX, IA3]
+    yield Mix(BASE, peft_way="one static batch")
+    yield Mix(after, beginning=text)
+    for method in (PROMPT, PREFIX):
+        yield Mix(f"{count} × {method}", tasks[method], beside=after, least=0.97, peft_way=_PER_TASK)
+    yield Mix(f"{count} × {IA3}", tasks[IA3], least=0.97, peft_way=_PER_TASK)
+    yield Mix(f"{count} of these three", _in_turn([tasks[method] for method in mixable], count), least=0.97)
+    yield Mix(f"{count} × {LORA}", tasks[LORA], least=0.90, peft_way="one batch, adapter_names")
+    every = _in_turn(list(tasks.values()), count)
+    yield Mix(f"{count} of all methods", every, least=0.95, peft_way="LoRAs in one, rest per task")
+    yield Mix(f"{len(loras)} distinct LoRAs", loras, least=0.85)
+    yield Mix("one LoRA for all", tasks[LORA][:1], least=0.93)
 
 
-def compare(workload: Workload, rounds: int) -> None:
-    """Build, check, measure and print for one base."""
-    out = console()
+def cached_tokens(workload: Workload) -> int:
+    """Whole pages of text, as many as a soft prompt fills, so that all of it is cached: never more than its tokens."""
+    return workload.virtual_tokens // _PAGE * _PAGE
+
+
+def _in_turn(methods: list[list[Task]], count: int) -> list[Task]:
+    """`count` tasks, the methods taken in turn."""
+    return [methods[index % len(methods)][index // len(methods)] for index in range(count)]
+
+
+def measure(workload: Workload, medley: Medley, peer: PeftPeer | None, mix: Mix, numbers: random.Random) -> Pair:
+    """One round of one row, on Medley and then on PEFT with the same prompts."""
+    make_resident(medley.engine, list(mix.tasks))
+    if mix.beginning:
+        drive(medley.engine, [Job([*mix.beginning, 0], None)], 1)
+    jobs = [Job([*mix.beginning, *job.prompt], job.task) for job in workload.jobs(list(mix.tasks), numbers)]
+    adapters: list[int] = []
+    medley_run = medley.run(jobs, lambda output: adapters.append(output.stats.adapters))
+    peft_run = peer.run(jobs) if peer is not None and mix.peft_way is not None else None
+    return Pair(medley_run, max(adapters), peft_run)
+
+
+def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
+    """Build, check, measure."""
+    facts = machine()
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as folder:
         tasks = write_adapters(workload, Path(folder))
-        peer = PeftPeer(workload, tasks)
-        with Medley(workload, num_prefixes=sum(map(len, tasks.values()))) as medley:
-            out.print(f"check: {check(workload, medley, peer, tasks)}", highlight=False)
-            rows = measure(workload, medley, peer, list(_mixes(tasks)), rounds)
-            print_table(out, workload, medley.parameters, rounds, rows)
+        loras = write_variants(tasks[LORA][0], Path(folder), workload.requests)
+        peer = PeftPeer(workload, tasks) if with_peft else None
+        num_prefixes = sum(map(len, tasks.values())) + 1
+        with Medley(workload, num_prefixes) as medley:
+            notes = [f"check: {check(workload, medley, peer, tasks)}"] if peer is not None else []
+            rows = list(mixes(workload, tasks, loras))
+            cases = [
+                Case(mix.title, lambda numbers, mix=mix: measure(workload, medley, peer, mix, numbers))  # type: ignore[misc]
+                for mix in rows
+            ]
+            pairs = alternate(cases, rounds)
+            title = (
+                f"Llama of {medley.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} "
+                f"requests of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens, median of {rounds} "
+                "rounds"
+            )
+    figures = list(chain(_over_base(rows, pairs), _over_peft(rows, pairs)))
+    return Report("mixed", title, figures, facts, [_table(rows, pairs)], notes)
+
+
+def _rates(pairs: Sequence[Pair]) -> list[float]:
+    return [pair.medley.tokens_per_second for pair in pairs]
+
+
+def _peft_rates(pairs: Sequence[Pair]) -> list[float]:
+    """None of them where PEFT was not asked."""
+    return [pair.peft.tokens_per_second for pair in pairs if pair.peft is not None]
+
+
+def _over_base(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
+    for mix in rows:
+        if mix.title != BASE:
+            value = ratio(_rates(pairs[mix.title]), _rates(pairs[mix.beside]))
+            yield Figure(f"{mix.title} ÷ {mix.beside}", value, target=None if mix.least is None else Target(mix.least))
+
+
+def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
+    for mix in rows:
+        peft = _peft_rates(pairs[mix.title])
+        if peft:
+            target = OVER_PEFT if mix.peft_way == _PER_TASK else None
+            yield Figure(f"{mix.title}: Medley ÷ PEFT", ratio(_rates(pairs[mix.title]), peft), target=target)
+
+
+def _table(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Table:
+    with_peft = bool(_peft_rates(pairs[BASE]))
+    lines = []
+    for mix in rows:
+        measured = pairs[mix.title]
+        runs = [pair.medley for pair in measured]
+        line = [
+            mix.title,
+            f"{median(_rates(measured)):.1f}",
+            f"{ratio(_rates(measured), _rates(pairs[BASE])):.3f}",
+            f"{median(pair.adapters for pair in measured):.0f}",
+            f"{median(run.cached_virtual for run in runs):.0f} / {max(run.cached_text for run in runs)}",
+        ]
+        if with_peft:
+            peft = _peft_rates(measured)
+            line += [f"{median(peft):.1f}" if peft else "–", mix.peft_way or "–"]
+        lines.append(line)
+    columns = ["tasks", "Medley tokens/s", f"÷ {BASE}", "distinct in a step", "cached"]
+    if with_peft:
+        columns += ["PEFT tokens/s", "PEFT runs it as"]
+    caption = (
+        "tokens/s are output tokens; ‘cached’ are positions not computed, per round: virtual tokens / text, at most"
+    )
+    return Table("Mixed tasks", columns, lines, caption)
 
 
 @app.command()
 def main(
-    size: Annotated[
-        list[str] | None, typer.Option(help=f"base: {', '.join(SIZES)} or WIDTHxLAYERSxHEADSxVOCABULARY; repeatable")
-    ] = None,
+    size: Size = SIZES["small"],
     requests: Annotated[int, typer.Option(min=1, help="requests of a round, all at once")] = 64,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a request")] = 64,
     new: Annotated[int, typer.Option(min=1, help="new tokens of a request")] = 64,
     tasks: Annotated[int, typer.Option(min=1, help="tasks of each method")] = 16,
-    virtual: Annotated[int, typer.Option(min=1, help="virtual tokens of a prompt or a prefix")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="measured rounds, of which the median is printed")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; absent: torch's own choice")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="seconds, on a tiny base: for smoke tests, not figures")
+    virtual: Annotated[int, typer.Option(min=_PAGE, help="virtual tokens of a prompt or a prefix")] = 20,
+    peft: Annotated[
+        bool, typer.Option("--peft", help="beside Hugging Face PEFT, which takes most of the time")
     ] = False,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    quick: Quick = False,
+    save: Save = False,
 ) -> None:
-    """Mixed tasks beside the base alone and beside Hugging Face PEFT."""
+    """Mixed tasks beside the base alone and, if asked, beside Hugging Face PEFT."""
     if quick:
-        size, requests, prompt, new, tasks, virtual, rounds = ["tiny"], 8, 8, 4, 4, 5, 1
-    try:
-        sizes = [BaseSize.parse(text) for text in size or ["small"]]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--size") from error
-    if threads is not None:
-        torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="peft|transformers")  # the peers' own, about their own calls
-    print_machine(console())
-    for each in sizes:
-        compare(Workload(each, requests, prompt, new, virtual, tasks), rounds)
+        size, requests, prompt, new, tasks, virtual, rounds = SIZES["tiny"], 8, 8, 4, 4, 20, 1
+    prepare(threads)
+    compare(Workload(size, requests, prompt, new, virtual, tasks), rounds, with_peft=peft).finish(save)
 
 
 if __name__ == "__main__":

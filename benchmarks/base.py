@@ -1,0 +1,207 @@
+"""`python -m benchmarks.base`: the base alone beside the machine's limit, Hugging Face and vLLM.
+
+Every system gets the same work in the same run, alternately: greedy, to the full length, prompts that nobody has seen.
+The limit is that of the steps that Medley really ran (`benchmarks.limit`). Servers are processes of their own, reached
+through one HTTP client, and stopped while another system is measured; vLLM's is measured where `--vllm` names an
+environment that has it (`benchmarks.vllm_peer` says how to make one). One more pair of rows mixes LoRA adapters,
+through both servers. No figure is printed before the servers have been found to give the tokens of PEFT alone.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+
+from benchmarks.adapters import LORA, write_adapters
+from benchmarks.agreement import DisagreementError, certain_tokens
+from benchmarks.bases import SIZES, BaseSize
+from benchmarks.frame import (
+    Case,
+    Figure,
+    Quick,
+    Report,
+    Rounds,
+    Save,
+    Table,
+    Target,
+    Threads,
+    alternate,
+    machine,
+    ratio,
+)
+from benchmarks.inprocess import Size, prepare
+from benchmarks.limit import Limit, Recorder
+from benchmarks.medley import Medley
+from benchmarks.peft_peer import PeftPeer
+from benchmarks.servers import Served, medley_server, served_medley, upload, write_base
+from benchmarks.vllm_peer import VLLM_BASE, installed_version, vllm_server
+from benchmarks.workload import Job, Task, Workload
+
+LINEAR = "limit: linear modules alone"
+WITH_ATTENTION = "limit: linear modules and attention's products"
+IN_PROCESS = "Medley in-process"
+MEDLEY = "Medley over HTTP"
+HF = "Hugging Face generate, one static batch"
+VLLM = "vLLM over HTTP"
+MIXED = ", LoRAs mixed"
+NO_VLLM = "vLLM is skipped: name its environment with --vllm; the docstring of benchmarks/vllm_peer.py makes one"
+_QUICK = BaseSize(128, 2, 2, 512)  # vLLM has no attention for narrower heads
+_KV_OPTION = ("--kv-cache-memory", "2")  # GiB, as vLLM's
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Seconds = dict[str, float]  # of one round, by row
+
+
+@dataclass(frozen=True)
+class Systems:
+    """All that is measured, up and running."""
+
+    workload: Workload
+    tasks: list[Task]  # LoRAs
+    medley: Medley
+    peer: PeftPeer
+    limit: Limit
+    servers: dict[str, Served]  # by the row's name
+
+    def cases(self) -> Iterator[Case[Seconds]]:
+        """Every system once in a round, the limit beside Medley."""
+        yield Case(LINEAR, lambda _: self._limits())
+        yield Case(IN_PROCESS, lambda numbers: {IN_PROCESS: self.medley.run(self._jobs([], numbers)).seconds}, "base")
+        yield Case(HF, lambda numbers: {HF: self.peer.run(self._jobs([], numbers)).seconds}, "base")
+        for row in self.servers:
+            yield Case(row, partial(self._served, row), "mixed" if row.endswith(MIXED) else "base")
+
+    def check(self) -> str:
+        """Every server gives the tokens of PEFT alone; what was compared, in words. Raises `DisagreementError`."""
+        compared = 0
+        for row, served in self.servers.items():
+            task = self.tasks[-1] if row.endswith(MIXED) else None
+            job = Job(self.workload.prompt(random.Random(1)), task)
+            expected, count = certain_tokens(self.peer, job)
+            given = served.answers([job])[0]
+            if given[:count] != expected[:count]:
+                raise DisagreementError(f"{row} gives {given}, where PEFT alone gives {expected}")
+            compared += count
+        return f"{compared} greedy tokens of the servers equal those of PEFT alone"
+
+    def _jobs(self, tasks: list[Task], numbers: random.Random) -> list[Job]:
+        return self.workload.jobs(tasks, numbers)
+
+    def _limits(self) -> Seconds:
+        least = self.limit.measure()
+        return {LINEAR: least.linear, WITH_ATTENTION: least.with_attention}
+
+    def _served(self, row: str, numbers: random.Random) -> Seconds:
+        return {row: self.servers[row].seconds(self._jobs(self.tasks if row.endswith(MIXED) else [], numbers))}
+
+
+def start(workload: Workload, vllm: Path | None, stack: ExitStack) -> Systems:
+    """Every system, one behind the other; those started before are paused."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medley-benchmark-")))
+    base = write_base(workload, folder / "base")
+    tasks = write_adapters(workload, folder / "adapters", [LORA])
+    loras = tasks[LORA]
+    server = stack.enter_context(medley_server(base, *_KV_OPTION))
+    upload(server, loras)
+    served = served_medley(server, workload.new_tokens)
+    server.pause()
+    servers = {MEDLEY: served}
+    if vllm is not None:
+        servers[VLLM] = _served_vllm(vllm, base, workload, [], stack)
+    servers[MEDLEY + MIXED] = served
+    if vllm is not None:
+        servers[VLLM + MIXED] = _served_vllm(vllm, base, workload, loras, stack)
+    medley = stack.enter_context(Medley(workload, num_prefixes=0))
+    jobs = workload.jobs([], random.Random(0))
+    recorder = Recorder(jobs)
+    medley.run(jobs, recorder)
+    return Systems(workload, loras, medley, PeftPeer(workload, tasks), Limit(workload.size, recorder.steps), servers)
+
+
+def _served_vllm(environment: Path, base: Path, workload: Workload, tasks: Sequence[Task], stack: ExitStack) -> Served:
+    """Paused. The base has a server without LoRA to itself, so that its rate is the best there is."""
+    server = stack.enter_context(vllm_server(environment, base, workload, tasks))
+    server.pause()
+    return Served(server, VLLM_BASE, workload.new_tokens)
+
+
+def figures(rounds: Sequence[Seconds]) -> Iterator[Figure]:
+    """Rates of two rows as ratios: a row's rate ÷ another's is the other's seconds ÷ the row's."""
+
+    def rate(row: str, other: str, target: Target | None = None) -> Iterator[Figure]:
+        if row in rounds[0] and other in rounds[0]:
+            name = f"{row} ÷ {other}"
+            yield Figure(name, ratio([each[other] for each in rounds], [each[row] for each in rounds]), target=target)
+
+    yield from rate(IN_PROCESS, LINEAR, Target(0.90))
+    yield from rate(IN_PROCESS, WITH_ATTENTION)
+    yield from rate(MEDLEY, HF, Target(1.0))
+    yield from rate(MEDLEY, VLLM, Target(1.0))
+    yield from rate(MEDLEY + MIXED, VLLM + MIXED, Target(1.8))
+    yield from rate(MEDLEY + MIXED, MEDLEY)
+
+
+def table(systems: Systems, rounds: Sequence[Seconds]) -> Table:
+    """Output tokens/s of every row, and how far the rounds lie apart."""
+    workload = systems.workload
+    tokens = workload.requests * workload.new_tokens
+    rows = []
+    for row in rounds[0]:
+        rates = [tokens / each[row] for each in rounds]
+        share = ratio([each[LINEAR] for each in rounds], [each[row] for each in rounds])
+        rows.append((row, f"{median(rates):.1f}", f"{min(rates):.1f} – {max(rates):.1f}", f"{share:.3f}"))
+    return Table(
+        f"Llama of {systems.medley.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} "
+        f"requests of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens",
+        ("system", "tokens/s", "of the rounds", "÷ limit of the linear modules"),
+        rows,
+        f"output tokens/s, prompts included in the time; median of {len(rounds)} rounds; "
+        f"{len(systems.tasks)} LoRAs of rank 8 on q and v where they are mixed",
+    )
+
+
+@app.command()
+def main(
+    size: Size = SIZES["large"],
+    vllm: Annotated[
+        Path | None, typer.Option(exists=True, help="environment with vLLM's CPU build; absent: its rows are skipped")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="requests of a round, all at once")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a request")] = 64,
+    new: Annotated[int, typer.Option(min=1, help="new tokens of a request")] = 64,
+    tasks: Annotated[int, typer.Option(min=1, help="LoRAs that are mixed")] = 16,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    quick: Quick = False,
+    save: Save = False,
+) -> None:
+    """The base alone beside the machine's limit, Hugging Face `generate` and vLLM."""
+    prepare(threads)
+    if quick:
+        size, requests, prompt, new, tasks, rounds = _QUICK, 8, 8, 4, 2, 1
+    facts = machine()
+    with ExitStack() as stack:
+        systems = start(Workload(size, requests, prompt, new, 0, tasks), vllm, stack)
+        notes = [systems.check(), f"vLLM's CPU build {installed_version(vllm)}, eager" if vllm else NO_VLLM]
+        measured = alternate(list(systems.cases()), rounds)
+        by_round = [
+            {row: value for each in one for row, value in each.items()} for one in zip(*measured.values(), strict=True)
+        ]
+        report = Report(
+            "base", "Base only, and LoRAs mixed", list(figures(by_round)), facts, [table(systems, by_round)], notes
+        )
+    report.finish(save)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,214 @@
+"""The frame of every benchmark: the machine's facts, alternation, medians, targets, one report.
+
+A benchmark makes `Case`s, measures them with `alternate`, turns the rounds into `Figure`s (some with a `Target`)
+and hands them, with tables of its own if it likes, to a `Report`, which prints them and, asked to, saves them.
+
+Machines drift, so nothing is compared across runs: `alternate` goes through all cases round by round, and `ratio`
+compares two of them within each round before it takes the median.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Generic, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as RichTable
+
+RESULTS = Path(__file__).with_name("results")
+
+# Options that benchmarks share; `rounds` are those that count.
+Rounds = Annotated[int, typer.Option(min=1, help="measured rounds, of which the median counts")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch threads; absent: torch's own choice")]
+Quick = Annotated[bool, typer.Option("--quick", help="seconds, on a tiny base: for smoke tests, not figures")]
+Save = Annotated[bool, typer.Option("--save", help="write the report to benchmarks/results/ as JSON")]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Case(Generic[T]):
+    """Something to measure, once per round."""
+
+    name: str  # unique among the cases of a run
+    measure: Callable[[random.Random], T]  # its prompts come from the numbers that it is given
+    prompts: str | None = None  # cases that name the same have the same numbers in a round; absent: the case's own
+
+
+def alternate(cases: Sequence[Case[T]], rounds: int) -> dict[str, list[T]]:
+    """What each case measured in each of `rounds` rounds, by the case's name.
+
+    Every round runs every case, in the order given. One more round comes first, to warm up, and is dropped. The
+    random numbers are fresh in each round and the same in each run of the benchmark.
+    """
+    measured: dict[str, list[T]] = {case.name: [] for case in cases}
+    assert len(measured) == len(cases), "names of cases are unique"
+    out = console()
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+        bar = progress.add_task("rounds, the first to warm up", total=(rounds + 1) * len(cases))
+        for number in range(rounds + 1):
+            for case in cases:
+                result = case.measure(random.Random(f"{case.prompts or case.name} {number}"))
+                if number > 0:
+                    measured[case.name].append(result)
+                progress.advance(bar)
+    return measured
+
+
+def ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of value ÷ other, both of the same round."""
+    return median(value / other for value, other in zip(values, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure has to reach."""
+
+    bound: float
+    at_most: bool = False  # else at least
+
+    def reached_by(self, value: float) -> bool:
+        """Whether the value keeps to the bound, unrounded."""
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One value that the benchmark is about."""
+
+    name: str
+    value: float
+    unit: str = "×"  # × is a ratio
+    target: Target | None = None
+
+    @property
+    def text(self) -> str:
+        """The value in its unit."""
+        return f"{self.value:.3f} ×" if self.unit == "×" else f"{self.value:.4g} {self.unit}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is reached; `–` where there is none."""
+        if self.target is None:
+            return "–"
+        return "reached" if self.target.reached_by(self.value) else "not reached"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Details beside the figures. The first column is text, the others are aligned as numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str | None = None
+
+
+def _command() -> str:
+    """This process's, as somebody would type it."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {main.name.removesuffix('.__main__')}" if main else Path(sys.argv[0]).name
+    return " ".join([program, shlex.join(sys.argv[1:])]).strip()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one run of a benchmark has to say."""
+
+    name: str  # the module's, and the saved file's
+    title: str
+    figures: Sequence[Figure]
+    machine: dict[str, Any]  # `machine()`, called before the run
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()  # what was skipped, and why; what was checked first
+    command: str = field(default_factory=_command)
+
+    def finish(self, save: bool) -> None:
+        """Print everything, and save it if `save`."""
+        self.print(console())
+        if save:
+            self.write(RESULTS)
+
+    def print(self, out: Console) -> None:
+        """Command, machine, tables, notes, figures."""
+        out.print(f"command: {self.command}", highlight=False)
+        out.print(f"machine: {_in_words(self.machine)}", highlight=False)
+        for table in self.tables:
+            out.print(_rich(table))
+        for note in self.notes:
+            out.print(f"note: {note}", highlight=False)
+        if self.figures:
+            out.print(_rich(Table(self.title, ("figure", "value", "target", "verdict"), list(self._lines()))))
+
+    def write(self, folder: Path) -> Path:
+        """`NAME.json` in `folder`, which is made if need be; an older one is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        content = asdict(self)
+        for saved, figure in zip(content["figures"], self.figures, strict=True):
+            saved["verdict"] = figure.verdict
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def _lines(self) -> Iterator[tuple[str, str, str, str]]:
+        for figure in self.figures:
+            target = "–" if figure.target is None else str(figure.target)
+            yield figure.name, figure.text, target, figure.verdict
+
+
+def machine() -> dict[str, Any]:
+    """What the benchmark runs on. Call it before the run: the load is that of others."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("medley", "torch", "transformers", "peft")},
+    }
+
+
+def console() -> Console:
+    """A terminal's own width; wide enough for the tables where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _processor() -> str:
+    """Its own name where the system tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(title=table.title, caption=table.caption)
+    for index, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if index else "left")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
