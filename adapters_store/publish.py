@@ -19,8 +19,16 @@ from adapters_store.blobs import BlobStore
 from adapters_store.index import RedisIndex
 from adapters_store.records import FileRecord, NewVersion, Version
 
-#: The files that define an adapter. Others (README.md) are stored with it and are no part of its identity.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+#: The files that may define an adapter: its config, weights and head under the names that libraries give them, and what
+#: the server found out when they were uploaded. Others (README.md) are stored with it and are no part of its identity.
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter.safetensors",
+    "head_config.json",
+    "model_head.safetensors",
+    "medley.json",
+)
 
 
 class NewVersionFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,8 +58,9 @@ async def publish_files(
 
 
 def adapter_digest(files: dict[str, FileRecord]) -> str:
-    """An adapter's identity: the sha256 of one line "name sha256" for each of `ADAPTER_FILES`, in this order."""
-    manifest = "".join(f"{name} {files[name].sha256}\n" for name in ADAPTER_FILES)
+    """An adapter's identity: the sha256 of one line "name sha256" for each of `ADAPTER_FILES` that it has, in this
+    order."""
+    manifest = "".join(f"{name} {files[name].sha256}\n" for name in ADAPTER_FILES if name in files)
     return hashlib.sha256(manifest.encode()).hexdigest()
 
 

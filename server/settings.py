@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     max_choices: PositiveInt = Field(16, description="largest `n` of one request")
     max_uploads: PositiveInt = Field(8, description="uploads at once; one more gets 429")
     max_batch_requests: PositiveInt = Field(256, description="prompts or items of one HTTP request")
+    max_score_choices: PositiveInt = Field(512, description="choices of one scoring request")
     max_body_bytes: PositiveInt = Field(8 * MIB, description="bytes of one JSON body")
     max_upload_bytes: PositiveInt = Field(512 * MIB, description="bytes of one uploaded adapter")
     request_timeout: PositiveFloat = Field(600.0, description="seconds from acceptance to the last token")

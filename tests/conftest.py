@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import structlog
+import torch
 
 
 def silence_log() -> None:
@@ -11,6 +12,14 @@ def silence_log() -> None:
     structlog.configure(
         processors=[structlog.processors.KeyValueRenderer()], logger_factory=structlog.ReturnLoggerFactory()
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need a CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -138,8 +138,8 @@ class Alone:
     near_tie: int | None  # the first step whose two best logits are within `NEAR_TIE`
 
 
-def alone(model: PreTrainedModel | PeftModel, prompt: list[int], max_tokens: int) -> Alone:
-    """Hugging Face `generate`, greedy: one request, no padding."""
+def alone(model: PreTrainedModel | PeftModel, prompt: list[int], max_tokens: int, **options: torch.Tensor) -> Alone:
+    """Hugging Face `generate`, greedy: one request, no padding. `options` are for the model."""
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         output = model.generate(
@@ -151,6 +151,7 @@ def alone(model: PreTrainedModel | PeftModel, prompt: list[int], max_tokens: int
             return_dict_in_generate=True,
             pad_token_id=0,
             eos_token_id=None,
+            **options,
         )
     tokens = output.sequences[0, len(prompt) :].tolist()
     logits = torch.cat(output.logits)

@@ -12,7 +12,7 @@ bank         the adapters resident on the device, loaded beside the steps, bound
 
 from server.adapters.bank import Bank
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, Prefix
+from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, MethodFacts, Prefix
 from server.adapters.methods import METHODS, read_adapter
 from server.adapters.pool import RowPool
 from server.adapters.resident import Resident
@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "EmbeddingPrefix",
     "KeyValuePrefix",
+    "MethodFacts",
     "Prefix",
     "Resident",
     "RowPool",

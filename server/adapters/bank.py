@@ -1,8 +1,8 @@
 """The bank: adapters resident on the device, bounded in bytes.
 
 A sequence asks for its stack with a ticket and runs once the ticket is granted; what a granted ticket holds
-never leaves, the least recently used of the rest goes first. Loading (read, check, copy to the device) happens
-on the loader's threads, so the engine's thread only ever looks.
+never leaves, the least recently used of the rest goes first; what adapters share counts once. Loading (read, check,
+copy to the device) happens on the loader's threads, so the engine's thread only ever looks.
 
 Tickets are granted in turn: each client's first in the order they came, then each one's second, and so on, so that
 nobody's many cold adapters come before all of another's. One that must wait, for its load or for room, lets later
@@ -17,14 +17,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import itemgetter
+from weakref import WeakValueDictionary
 
 from server.adapters.method import Adapter
 from server.adapters.pool import RowPool
-from server.adapters.resident import Loaded, Resident
+from server.adapters.resident import Layout, Loaded, Resident
+from server.adapters.shared import SharedMatrices
 from server.errors import RequestError
 
 logger = logging.getLogger("medley.bank")
@@ -77,6 +79,8 @@ class Bank:
         self._loader = loader
         self._wake = wake
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._layouts: WeakValueDictionary[int, Layout] = WeakValueDictionary()  # by hash, of who is resident
+        self._users: Counter[SharedMatrices] = Counter()  # residents that have them
         self._queue: list[Ticket] = []
         self._loads: dict[str, _Load] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
@@ -110,8 +114,8 @@ class Bank:
         settled: list[Ticket] = []
         for load in self._loads.values():
             load.ended = load.future.done()
-        for ticket in self._in_turn():
-            self._settle(ticket)
+        for place, ticket in enumerate(self._in_turn()):
+            self._settle(ticket, is_first=place == 0)
             if ticket.stack is not None or ticket.error is not None:
                 settled.append(ticket)
             elif ticket.refusals > PATIENCE:
@@ -135,13 +139,14 @@ class Bank:
             seen[ticket.client] += 1
         return [ticket for _, ticket in sorted(rounds, key=itemgetter(0))]
 
-    def _settle(self, ticket: Ticket) -> None:
+    def _settle(self, ticket: Ticket, *, is_first: bool) -> None:
         keys = {key.digest: key for key in ticket.keys}  # a stack may name the same content twice
         missing = [key for digest, key in keys.items() if digest not in self._residents]
+        self._start_loads([key for key in missing if key.digest not in self._loads], is_first)
         arrived = [loaded for key in missing if (loaded := self._arrived(key, ticket)) is not None]
         if ticket.error is not None or len(arrived) < len(missing):
             return
-        if not self._make_room(sum(loaded.bytes for loaded in arrived), ticket):
+        if not self._make_room(arrived, ticket):
             return
         for key, loaded in zip(missing, arrived, strict=True):
             if not self._place(key.digest, loaded, ticket):
@@ -153,13 +158,9 @@ class Bank:
             resident.holders += 1
 
     def _arrived(self, key: AdapterKey, ticket: Ticket) -> Loaded | None:
-        """The adapter if its load has ended; else see that it is under way."""
+        """The adapter if its load has ended."""
         load = self._loads.get(key.digest)
-        if load is None:
-            if len(self._loads) < _LOADS:
-                self._start(key)
-            return None
-        if not load.ended:
+        if load is None or not load.ended:
             return None
         error = load.future.exception()
         if error is None:
@@ -170,6 +171,13 @@ class Bank:
             error = RequestError("adapter_unavailable", f"the adapter cannot be loaded: {error!r}")
         ticket.error = error
         return None
+
+    def _start_loads(self, keys: list[AdapterKey], is_first: bool) -> None:
+        """Load what a ticket lacks: all or nothing, for halves of several stacks could hold all places for ever. The
+        first ticket's loads start in any case, however large its stack."""
+        if is_first or len(self._loads) + len(keys) <= _LOADS:
+            for key in keys:
+                self._start(key)
 
     def _start(self, key: AdapterKey) -> None:
         load = _Load(self._threads.submit(self._load, key.files), time.perf_counter())
@@ -190,30 +198,45 @@ class Bank:
         first = self.pool.take(loaded.counts)
         while first is None:
             if not self._evict(own):
+                if not any(resident.holders for resident in self._residents.values()):
+                    while self._evict(set()):  # the ticket's own stand in the way: loaded again, all find room
+                        pass
                 ticket.refusals += 1
                 return False
             first = self.pool.take(loaded.counts)
-        for width, rows in loaded.rows.items():
-            self.pool.rows(width)[first[width] : first[width] + len(rows)] = rows
+        loaded.write(self.pool, first)
         self.load_seconds.append(self._loads.pop(digest).seconds)
-        self._residents[digest] = Resident(digest, loaded.layout, loaded.counts, first, loaded.bytes)
-        self.used += loaded.bytes
+        layout = self._known(loaded.layout)
+        self._residents[digest] = Resident(digest, layout, loaded.counts, first, loaded.bytes, head=loaded.head)
+        self.used += self._growth([loaded])
+        self._users.update(loaded.layout.shared)
         return True
 
-    def _make_room(self, size: int, ticket: Ticket) -> bool:
-        """Evict what nobody holds, least recently used first, until `size` more bytes fit."""
+    def _known(self, layout: Layout) -> Layout:
+        """The one object of equal layouts: steps compare them row by row."""
+        known = self._layouts.get(hash(layout))
+        if known is None or known != layout:
+            known = self._layouts[hash(layout)] = layout
+        return known
+
+    def _growth(self, arrived: Sequence[Loaded | Resident]) -> int:
+        """Bytes that these would add."""
+        return _bytes(arrived) - sum(shared.bytes for shared in _shared(arrived) if self._users[shared])
+
+    def _make_room(self, arrived: list[Loaded], ticket: Ticket) -> bool:
+        """Evict what nobody holds, least recently used first, until these fit too."""
         own = {key.digest for key in ticket.keys}
-        if size + sum(resident.bytes for digest, resident in self._residents.items() if digest in own) > self.capacity:
+        if _bytes([*arrived, *(item for digest, item in self._residents.items() if digest in own)]) > self.capacity:
             ticket.error = RequestError(
                 "adapter_too_large",
                 f"this request's adapters need more than the server's adapter memory of {self.capacity} bytes",
             )
             return False
-        held = sum(item.bytes for item in self._residents.values() if item.holders or item.digest in own)
-        if held + size > self.capacity:
+        held = (item for item in self._residents.values() if item.holders or item.digest in own)
+        if _bytes([*arrived, *held]) > self.capacity:
             ticket.refusals += 1
             return False
-        while self.used + size > self.capacity:
+        while self.used + self._growth(arrived) > self.capacity:
             self._evict(own)
         return True
 
@@ -223,7 +246,9 @@ class Bank:
             if not resident.holders and digest not in keep:
                 del self._residents[digest]
                 self.pool.give(resident.first, resident.counts)
-                self.used -= resident.bytes
+                self._users.subtract(resident.layout.shared)
+                self.used -= self._growth([resident])
+                self._users = +self._users  # without those that nobody has
                 return True
         return False
 
@@ -234,3 +259,12 @@ class Bank:
             for digest in [digest for digest, load in self._loads.items() if load.ended]:
                 if digest not in wanted:
                     del self._loads[digest]
+
+
+def _shared(adapters: Iterable[Loaded | Resident]) -> set[SharedMatrices]:
+    return {shared for adapter in adapters for shared in adapter.layout.shared}
+
+
+def _bytes(adapters: Sequence[Loaded | Resident]) -> int:
+    """Of all of them together: what they share counts once."""
+    return sum(adapter.bytes for adapter in adapters) + sum(shared.bytes for shared in _shared(adapters))

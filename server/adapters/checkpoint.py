@@ -1,4 +1,10 @@
-"""A PEFT folder as config and tensors. Nothing in it is trusted; pickled weights are never opened.
+"""An adapter's files as config and tensors. Nothing in them is trusted; pickled weights are never opened.
+
+Which files there are follows from the config, which tells the format:
+
+    peft_type       PEFT         adapter_model.safetensors
+    config          AdapterHub   adapter.safetensors; a prediction head beside it may come too
+    medley_method   our own      adapter_model.safetensors, if the method has tensors
 
 Every tensor must be taken by the method that reads the checkpoint: one that is left over would mean that the
 server answers with less than what was trained, so it refuses the checkpoint (`close`).
@@ -8,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +28,23 @@ from server.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+HUB_WEIGHTS_FILE = "adapter.safetensors"
+DERIVED_FILE = "medley.json"
+HEAD_CONFIG_FILE = "head_config.json"
+HEAD_WEIGHTS_FILE = "model_head.safetensors"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, DERIVED_FILE)
 _MOST_CONFIG_BYTES = 2**20  # parsing holds the interpreter's lock, so a step that is due waits for it
+PEFT_KEY, HUB_KEY, OWN_KEY = "peft_type", "config", "medley_method"  # the key of the config that tells the format
+_FORMATS: dict[str, tuple[str, ...]] = {  # its files: the config, the weights, others
+    PEFT_KEY: (CONFIG_FILE, WEIGHTS_FILE),
+    HUB_KEY: (CONFIG_FILE, HUB_WEIGHTS_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE),
+    OWN_KEY: (CONFIG_FILE, WEIGHTS_FILE),
+}
 _LARGEST = sys.float_info.max
 
 # Keys of PEFT's configs that say how an adapter was trained or found, not what it computes.
 _DESCRIPTIVE = {
+    "medley_method",
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -44,6 +63,9 @@ class Checkpoint:
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Use `parse` for bytes from outside."""
         self.config = config
+        self.derived: dict[str, Any] = {}  # what the server found out at the upload; see `server.api.derived`
+        self.head: dict[str, Tensor] | None = None  # the tensors of a prediction head, as stored
+        self.head_config: dict[str, Any] | None = None  # what it is
         self.warnings: list[str] = []
         self.parameters = sum(tensor.numel() for tensor in tensors.values())
         self._dtype = dtype
@@ -51,17 +73,44 @@ class Checkpoint:
 
     @classmethod
     def parse(cls, files: Mapping[str, bytes], dtype: torch.dtype) -> Checkpoint:
-        """From the contents of the two files. Raises `AdapterError` with the contract's codes."""
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if name not in files:
-                raise AdapterError("missing_file", f"the adapter has no {name}", name)
-        return cls(_parse_config(files[CONFIG_FILE]), _parse_tensors(files[WEIGHTS_FILE]), dtype)
+        """From the contents of the files. Raises `AdapterError` with the contract's codes."""
+        if CONFIG_FILE not in files:
+            raise AdapterError("missing_file", f"the adapter has no {CONFIG_FILE}", CONFIG_FILE)
+        config = _parse_config(files[CONFIG_FILE])
+        of_format = _FORMATS[_format_key(config)]
+        for name in files:
+            if name not in (*of_format, DERIVED_FILE):
+                message = f"{name} is no file of this adapter's format, which {CONFIG_FILE} tells; leave it out"
+                raise AdapterError("unknown_file", message, name)
+        weights = of_format[1]
+        if weights not in files and OWN_KEY not in config:
+            raise AdapterError("missing_file", f"the adapter has no {weights}", weights)
+        checkpoint = cls(config, _parse_tensors(files[weights], weights) if weights in files else {}, dtype)
+        if DERIVED_FILE in files:
+            checkpoint.derived = _parse_object(files[DERIVED_FILE], DERIVED_FILE)
+        if HEAD_WEIGHTS_FILE in files:
+            checkpoint.head = _parse_tensors(files[HEAD_WEIGHTS_FILE], HEAD_WEIGHTS_FILE)
+            if HEAD_CONFIG_FILE in files:
+                checkpoint.head_config = _parse_object(files[HEAD_CONFIG_FILE], HEAD_CONFIG_FILE)
+        elif HEAD_CONFIG_FILE in files:
+            raise AdapterError("missing_file", f"the adapter has {HEAD_CONFIG_FILE} and no {HEAD_WEIGHTS_FILE}")
+        return checkpoint
 
     @classmethod
     def open(cls, folder: Path, dtype: torch.dtype) -> Checkpoint:
-        """From a local folder that holds the two files."""
-        names = (CONFIG_FILE, WEIGHTS_FILE)
-        return cls.parse({name: (folder / name).read_bytes() for name in names if (folder / name).exists()}, dtype)
+        """From a local folder that holds the files; others in it are not looked at."""
+        return cls.parse({name: (folder / name).read_bytes() for name in _FILES if (folder / name).exists()}, dtype)
+
+    @property
+    def format_key(self) -> str:
+        """The key of the config that tells the format, and names the method."""
+        return _format_key(self.config)
+
+    def part(self, config: dict[str, Any]) -> Checkpoint:
+        """The same tensors and warnings, of which several parts may take theirs, under another config."""
+        part = copy(self)
+        part.config = config
+        return part
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +137,15 @@ class Checkpoint:
             raise AdapterError("bad_config", f"tensor {name} holds {stored.dtype}, not floating-point values", name)
         tensor = stored.to(self._dtype)
         return self.finite(name, tensor)
+
+    def take_indices(self, name: str) -> Tensor:
+        """Remove and return a tensor of whole numbers, of any shape. Raises as `take` does."""
+        if name not in self._left:
+            raise AdapterError("base_mismatch", f"the adapter has no tensor {name}", name)
+        stored = self._left.pop(name)
+        if stored.dtype not in (torch.int64, torch.int32):
+            raise AdapterError("bad_config", f"tensor {name} holds {stored.dtype}, not int32 or int64", name)
+        return stored
 
     def finite(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor`, made of the one called `name`. Raises `not_finite` when a value is NaN or infinite."""
@@ -128,23 +186,38 @@ class Checkpoint:
             )
 
 
+def _parse_object(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        decoded = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AdapterError("bad_config", f"{name} is not JSON: {error}", name) from error
+    if not isinstance(decoded, dict):
+        raise AdapterError("bad_config", f"{name} is not a JSON object", name)
+    return decoded
+
+
 def _parse_config(content: bytes) -> dict[str, Any]:
     if len(content) > _MOST_CONFIG_BYTES:
         message = f"{CONFIG_FILE} has {len(content)} bytes; at most {_MOST_CONFIG_BYTES} are possible"
         raise AdapterError("too_large", message, CONFIG_FILE)
-    try:
-        config = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise AdapterError("bad_config", f"{CONFIG_FILE} is not JSON: {error}", CONFIG_FILE) from error
-    if not isinstance(config, dict):
-        raise AdapterError("bad_config", f"{CONFIG_FILE} is not a JSON object", CONFIG_FILE)
-    if not isinstance(config.get("peft_type"), str):
-        raise AdapterError("bad_config", f"{CONFIG_FILE} names no peft_type", "peft_type")
+    config = _parse_object(content, CONFIG_FILE)
+    named = [key for key in _FORMATS if config.get(key) is not None]
+    if len(named) != 1:
+        message = (
+            f"{CONFIG_FILE} names {' and '.join(named) or 'no peft_type'}; it must be one of {', '.join(_FORMATS)}"
+        )
+        raise AdapterError("bad_config", message, "peft_type")
+    if named != [HUB_KEY] and not isinstance(config[named[0]], str):
+        raise AdapterError("bad_config", f"{CONFIG_FILE}: {named[0]} is {config[named[0]]!r}, not a name", named[0])
     return config
 
 
-def _parse_tensors(content: bytes) -> dict[str, Tensor]:
+def _format_key(config: dict[str, Any]) -> str:
+    return next(key for key in _FORMATS if config.get(key) is not None)
+
+
+def _parse_tensors(content: bytes, name: str) -> dict[str, Tensor]:
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError("not_safetensors", f"{WEIGHTS_FILE} is not safetensors: {error}", WEIGHTS_FILE) from error
+        raise AdapterError("not_safetensors", f"{name} is not safetensors: {error}", name) from error

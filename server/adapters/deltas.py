@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from server.model import DeltaKind, RowDelta
+from server.model import DeltaKind, NormForm, RowDelta
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,83 @@ def input_scale(scale: Tensor) -> RowDelta:
 def low_rank(down: Tensor, up: Tensor) -> RowDelta:
     """y ← y + B A x; `down` is A `[rank, in]`, `up` is Bᵀ `[rank, out]` with the adapter's scaling folded in."""
     return RowDelta(_LowRank(), (down, up))
+
+
+@dataclass(frozen=True)
+class _Shift(DeltaKind):
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
+        (shift,) = blocks  # [groups, 1, out]
+        outputs.add_(shift)
+
+
+@dataclass(frozen=True)
+class _InTurn(DeltaKind):
+    kinds: tuple[DeltaKind, ...]
+    counts: tuple[int, ...]  # blocks of each
+
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
+        start = 0
+        for kind, count in zip(self.kinds, self.counts, strict=True):
+            kind.change_output(inputs, outputs, *blocks[start : start + count])
+            start += count
+
+
+@dataclass(frozen=True)
+class _Kronecker(DeltaKind):
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
+        left, *right = blocks  # [groups, a, c]; the right matrix's factors, each applied to rows from the right
+        groups, tokens, _ = inputs.shape
+        grid = inputs.reshape(groups, tokens * left.shape[2], -1)  # [groups, tokens · c, d]
+        for factor in right:
+            grid = grid @ factor
+        grid = grid.view(groups, tokens, left.shape[2], -1)  # [groups, tokens, c, b]
+        outputs.add_((left[:, None] @ grid).flatten(2))
+
+
+def shift(values: Tensor) -> RowDelta:
+    """y ← y + v; `values` `[out]`."""
+    return RowDelta(_Shift(), (values[None],))
+
+
+def in_turn(*deltas: RowDelta) -> RowDelta:
+    """One change of a module's output after another, each of what the one before has made of it; all see the same
+    input. For one delta it is that delta."""
+    assert not any(delta.kind.changes_input for delta in deltas), "the order of input changes is the reverse"
+    if len(deltas) == 1:
+        return deltas[0]
+    kind = _InTurn(tuple(delta.kind for delta in deltas), tuple(len(delta.blocks) for delta in deltas))
+    return RowDelta(kind, tuple(block for delta in deltas for block in delta.blocks))
+
+
+def kronecker(left: Tensor, *right: Tensor) -> RowDelta:
+    """y ← y + (w₁ ⊗ w₂) x; `left` is w₁ `[a, c]` with the adapter's scaling folded in, `right` is w₂ᵀ `[d, b]` or its
+    two factors `[d, rank]`, `[rank, b]`; x has c · d values, y a · b. (w₁ ⊗ w₂) x is w₁ X w₂ᵀ row by row, where X is x
+    as `[c, d]`."""
+    return RowDelta(_Kronecker(), (left, *right))
+
+
+@dataclass(frozen=True)
+class _NormScale(DeltaKind):
+    form: NormForm
+
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
+        (change,) = blocks  # [groups, 1, width]
+        outputs.addcmul_(self.form.normalized(inputs), change)
+
+
+@dataclass(frozen=True)
+class _TokenShift(DeltaKind):
+    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
+        direction, weight, bias = blocks  # [groups, 1, out], [groups, 1, out], [groups, 1, 1]
+        outputs.addcmul_((outputs * weight).sum(-1, keepdim=True) + bias, direction)
+
+
+def norm_scale(change: Tensor, form: NormForm) -> RowDelta:
+    """y ← y + Δw ⊙ n(x), at a norm; `change` is Δw `[width]`."""
+    return RowDelta(_NormScale(form), (change[None],))
+
+
+def token_shift(direction: Tensor, weight: Tensor, bias: Tensor) -> RowDelta:
+    """y ← y + (a · y + c) v: a shift in one direction, as far as each token says. `direction` v and `weight` a `[out]`,
+    `bias` c `[1]`."""
+    return RowDelta(_TokenShift(), (direction[None], weight[None], bias[None]))

@@ -11,12 +11,19 @@ from typing import Any
 
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import input_scale, output_scale
-from server.adapters.method import Adapter
+from server.adapters.method import Adapter, MethodFacts
 from server.adapters.targets import KEY_PREFIX, names_module, strings, targeted_sites
 from server.model import BaseShape, RowDelta
 
 NAME = "ia3"
 PEFT_TYPE = "IA3"
+FACTS = MethodFacts(
+    name=NAME,
+    mechanism="row delta: scale",
+    formats=("PEFT IA3", "AdapterHub lora, composition_mode scale"),
+    parameters="out for each targeted module, in for those of feedforward_modules",
+    cost="one multiplication at each targeted module",
+)
 
 _USED = ("target_modules", "exclude_modules", "feedforward_modules")
 _TRAINING_ONLY = ("init_ia3_weights", "fan_in_fan_out")  # the latter says how the base stores W

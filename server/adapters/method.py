@@ -7,11 +7,12 @@ sites. Nothing outside a method's own file knows its checkpoint format, and noth
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from server.adapters.checkpoint import Checkpoint
+from server.adapters.heads import ClassificationHead
 from server.model import BaseShape, RowDelta
 
 
@@ -20,6 +21,7 @@ class EmbeddingPrefix:
     """Virtual tokens by their embeddings, run once under the stack's row deltas."""
 
     embeddings: Tensor  # [virtual_tokens, hidden]
+    takes_positions: bool = field(default=True, init=False)
 
     @property
     def length(self) -> int:
@@ -38,6 +40,7 @@ class KeyValuePrefix:
 
     length: int  # virtual tokens
     blocks: tuple[Tensor, ...]  # per layer [2 · virtual_tokens, kv_heads · head_dim]: keys, then values
+    takes_positions: bool = True  # else what follows is numbered as if it were not there
 
 
 Prefix = EmbeddingPrefix | KeyValuePrefix
@@ -50,8 +53,10 @@ class Adapter:
     method: str
     prefix: Prefix | None = None
     deltas: dict[str, RowDelta] = field(default_factory=dict)  # site name → delta
+    head: ClassificationHead | None = None  # then it classifies, and generates nothing
     parameters: int = 0  # values in the checkpoint
     rank: int | None = None  # the largest, for low-rank methods
+    tasks: int | None = None  # of its checkpoint, where that holds several and this adapter is one of them
     warnings: tuple[str, ...] = ()
 
     @property
@@ -61,10 +66,12 @@ class Adapter:
 
     @property
     def blocks(self) -> list[Tensor]:
-        """All that it keeps resident, as rows `[rows, width]`: the prefix's, then each delta's."""
+        """All that it keeps resident, as rows `[rows, width]`: the prefix's, then each delta's, then the head's."""
         blocks = list(self.prefix.blocks) if self.prefix else []
         for delta in self.deltas.values():
             blocks.extend(delta.blocks)
+        if self.head:
+            blocks.extend(self.head.blocks)
         return blocks
 
     @property
@@ -73,12 +80,41 @@ class Adapter:
         return sum(block.nbytes for block in self.blocks)
 
 
+@dataclass(frozen=True)
+class MethodFacts:
+    """What the listing of methods says of one. `h` is the base's hidden size, `r` a rank, `T` the virtual tokens."""
+
+    name: str
+    mechanism: str  # "prefix pages", or "row delta: " and its kind
+    formats: tuple[str, ...]  # checkpoints: the library, and the name of the method in its config
+    parameters: str  # per layer, as a formula
+    cost: str  # while served
+
+
 class Method(Protocol):
     """One line of the table of methods; each method's module is one."""
 
     NAME: str  # as the API shows it
-    PEFT_TYPE: str  # as `adapter_config.json` names it
+    FACTS: MethodFacts
+
+
+class Reader(Method, Protocol):
+    """A method that a checkpoint's config names."""
 
     def read(self, checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         """The adapter of a checkpoint. Raises `AdapterError` for anything that would be served wrongly."""
         ...
+
+
+@runtime_checkable
+class PeftMethod(Reader, Protocol):
+    """A method whose checkpoints PEFT saves."""
+
+    PEFT_TYPE: str  # as `adapter_config.json` names it
+
+
+@runtime_checkable
+class OwnMethod(Reader, Protocol):
+    """A method whose checkpoints are of Medley's own format."""
+
+    MEDLEY_METHOD: str  # as `adapter_config.json` names it

@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
-from server.adapters import ia3, lora, p_tuning, prefix_tuning, prompt_tuning
-from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter, Method
+from collections.abc import Mapping
+from dataclasses import replace
+
+from server.adapters import (
+    adalora,
+    adapterhub,
+    adaption_prompt,
+    bottleneck,
+    cartridge,
+    cpt,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    multitask_prompt,
+    named_deltas,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    sparse,
+    text_prompt,
+    top_layers,
+    trainable_tokens,
+    vera,
+)
+from server.adapters.checkpoint import HUB_KEY, PEFT_KEY, Checkpoint
+from server.adapters.heads import take_peft_head
+from server.adapters.method import Adapter, Method, OwnMethod, PeftMethod, Reader
 from server.errors import AdapterError
 from server.model import BaseShape
 
 METHODS: tuple[Method, ...] = (
+    text_prompt,
     prompt_tuning,
     p_tuning,
+    multitask_prompt,
+    cpt,
     prefix_tuning,
+    cartridge,
     ia3,
     lora,
+    adalora,
+    vera,
+    loha,
+    lokr,
+    miss,
+    trainable_tokens,
+    ln_tuning,
+    adaption_prompt,
+    bottleneck,
+    named_deltas,
+    sparse,
+    top_layers,
 )
 
-_BY_PEFT_TYPE = {method.PEFT_TYPE: method for method in METHODS}
+_BY_PEFT_TYPE = {method.PEFT_TYPE: method for method in METHODS if isinstance(method, PeftMethod)}
+_OWN = {method.MEDLEY_METHOD: method for method in METHODS if isinstance(method, OwnMethod)}
 
 
 def read_adapter(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
-    """The adapter of a checkpoint, by the method that its config names."""
-    peft_type = checkpoint.config["peft_type"]
-    method = _BY_PEFT_TYPE.get(peft_type)
-    if method is None:
-        known = ", ".join(_BY_PEFT_TYPE)
-        raise AdapterError("unsupported_method", f"peft_type {peft_type} is not served here; {known} are", "peft_type")
-    return method.read(checkpoint, base)
+    """The adapter of a checkpoint, by its format and the method that its config names."""
+    key = checkpoint.format_key
+    if key == HUB_KEY:
+        return adapterhub.read(checkpoint, base)
+    table: Mapping[str, Reader] = _BY_PEFT_TYPE if key == PEFT_KEY else _OWN
+    named = checkpoint.config[key]
+    if named not in table:
+        raise AdapterError("unsupported_method", f"{key} {named} is not served here; {', '.join(table)} are", key)
+    if key != PEFT_KEY:
+        return table[named].read(checkpoint, base)
+    head, rest = take_peft_head(checkpoint, base)
+    return replace(table[named].read(rest, base), head=head)

@@ -8,12 +8,20 @@ tuning's; the network is not in the file.
 from __future__ import annotations
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter
+from server.adapters.method import Adapter, MethodFacts
+from server.adapters.prompt_tuning import FACTS as PROMPT_TUNING
 from server.adapters.prompt_tuning import SHAPE_KEYS, read_embeddings
 from server.model import BaseShape
 
 NAME = "p_tuning"
 PEFT_TYPE = "P_TUNING"
+FACTS = MethodFacts(
+    name=NAME,
+    mechanism=PROMPT_TUNING.mechanism,
+    formats=("PEFT P_TUNING",),
+    parameters=PROMPT_TUNING.parameters,
+    cost=PROMPT_TUNING.cost,
+)
 
 _TRAINING_ONLY = (
     "encoder_reparameterization_type",

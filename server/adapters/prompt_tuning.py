@@ -9,12 +9,20 @@ may name is never loaded.
 from __future__ import annotations
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter, EmbeddingPrefix
+from server.adapters.method import Adapter, EmbeddingPrefix, MethodFacts
 from server.errors import AdapterError
 from server.model import BaseShape
 
 NAME = "prompt_tuning"
 PEFT_TYPE = "PROMPT_TUNING"
+PROMPT_COST = "KV pages of T tokens, shared by all requests of the task; each attends to T more positions"
+FACTS = MethodFacts(
+    name=NAME,
+    mechanism="prefix pages",
+    formats=("PEFT PROMPT_TUNING",),
+    parameters="0; T·h before the first layer",
+    cost=PROMPT_COST,
+)
 
 _TRAINING_ONLY = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
 SHAPE_KEYS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")

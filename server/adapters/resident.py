@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from server.adapters.heads import HeadShape
 from server.adapters.method import Adapter, EmbeddingPrefix
 from server.adapters.pool import RowPool
+from server.adapters.shared import SharedMatrices, SharingKind
 from server.model import DeltaKind, Rows
 
 
@@ -40,6 +43,14 @@ class PrefixBlocks(NamedTuple):
 
     length: int
     is_run: bool  # embeddings, run through the model; else keys and values per layer, copied
+    takes_positions: bool
+    blocks: tuple[Block, ...]
+
+
+class HeadBlocks(NamedTuple):
+    """A classification head without its values; no part of the layout, since no step applies it to several rows."""
+
+    shape: HeadShape
     blocks: tuple[Block, ...]
 
 
@@ -50,6 +61,36 @@ class Layout:
     prefix: PrefixBlocks | None
     deltas: tuple[SiteBlocks, ...]
 
+    def __hash__(self) -> int:
+        """Of all that it holds, found once: a step asks for it row by row."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.prefix, self.deltas))
+
+    @cached_property
+    def shared(self) -> frozenset[SharedMatrices]:
+        """What it has in common with other adapters, beside its rows."""
+        return frozenset(delta.kind.shared for delta in self.deltas if isinstance(delta.kind, SharingKind))
+
+    @cached_property
+    def looks_up(self) -> bool:
+        """Whether tokens look rows up by their ids."""
+        return any(delta.kind.looks_up for delta in self.deltas)
+
+    @cached_property
+    def delta_rows(self) -> Mapping[int, tuple[int, int]]:
+        """Width → the first of the deltas' rows of that width among the adapter's own, and one past the last."""
+        blocks = [block for delta in self.deltas for block in delta.blocks]
+        return {
+            width: (
+                min(block.offset for block in blocks if block.width == width),
+                max(block.offset + block.height for block in blocks if block.width == width),
+            )
+            for width in sorted({block.width for block in blocks})
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
@@ -57,6 +98,7 @@ class Loaded:
 
     layout: Layout
     rows: Mapping[int, Tensor]  # width → [rows, width]
+    head: HeadBlocks | None = None
 
     @classmethod
     def of(cls, adapter: Adapter, device: torch.device) -> Loaded:
@@ -75,11 +117,15 @@ class Loaded:
 
         prefix = None
         if adapter.prefix is not None:
-            is_run = isinstance(adapter.prefix, EmbeddingPrefix)
-            prefix = PrefixBlocks(adapter.prefix.length, is_run, placed(adapter.prefix.blocks))
+            given = adapter.prefix
+            is_run = isinstance(given, EmbeddingPrefix)
+            prefix = PrefixBlocks(given.length, is_run, given.takes_positions, placed(given.blocks))
         deltas = tuple(SiteBlocks(site, delta.kind, placed(delta.blocks)) for site, delta in adapter.deltas.items())
-        rows = {width: torch.cat(blocks).to(device) for width, blocks in parts.items()}
-        return cls(Layout(prefix, deltas), rows)
+        head = None
+        if adapter.head is not None:
+            head = HeadBlocks(adapter.head.shape, placed(adapter.head.blocks))
+        rows = {width: torch.cat(blocks) for width, blocks in parts.items()}
+        return cls(Layout(prefix, deltas), _on_device(rows, device), head)
 
     @property
     def counts(self) -> dict[int, int]:
@@ -90,6 +136,25 @@ class Loaded:
     def bytes(self) -> int:
         """Resident on the device."""
         return sum(rows.nbytes for rows in self.rows.values())
+
+    def write(self, pool: RowPool, first: Mapping[int, int]) -> None:
+        """Put the rows into the pool, each width's from `first[width]` on; on the engine's thread."""
+        for width, rows in self.rows.items():
+            pool.rows(width)[first[width] : first[width] + len(rows)] = rows
+            if rows.is_cuda:  # made on a loader's stream: not to be used again there before this copy is done
+                rows.record_stream(torch.cuda.current_stream(rows.device))
+
+
+def _on_device(rows: Mapping[int, Tensor], device: torch.device) -> Mapping[int, Tensor]:
+    """The same rows on the device. With CUDA through pinned memory, on a stream of the loader's own, which its thread
+    waits for: neither the steps' thread nor their stream ever does."""
+    if device.type != "cuda":
+        return {width: matrix.to(device) for width, matrix in rows.items()}
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        copied = {width: matrix.pin_memory().to(device, non_blocking=True) for width, matrix in rows.items()}
+    stream.synchronize()
+    return copied
 
 
 @dataclass(eq=False)
@@ -102,6 +167,7 @@ class Resident:
     first: Mapping[int, int]  # width → the first of its rows in the pool
     bytes: int
     holders: int = field(default=0)
+    head: HeadBlocks | None = None
 
     def block(self, pool: RowPool, block: Block) -> Tensor:
         """One of its matrices `[rows, width]`, as it lies in the pool."""

@@ -10,36 +10,52 @@ import regex
 
 from server.adapters.checkpoint import Checkpoint
 from server.errors import AdapterError
-from server.model import BaseShape
+from server.model import BaseShape, SiteKind, SiteShape
 
 _ALL_LINEAR = "all-linear"
 _MATCH_SECONDS = 0.5
+_WORDS = {
+    SiteKind.LINEAR: "linear module",
+    SiteKind.NORM: "norm",
+    SiteKind.ATTENTION: "attention",
+    SiteKind.BLOCK: "block",
+    SiteKind.EMBEDDING: "input embedding",
+}
 KEY_PREFIX = "base_model.model."  # before the module's name in the keys of PEFT's layer methods
 
 
-def targeted_sites(checkpoint: Checkpoint, base: BaseShape) -> list[str]:
-    """The sites that `target_modules` (and the layer and exclusion keys beside it) select, in the base's order.
+def targeted_sites(checkpoint: Checkpoint, base: BaseShape, *kinds: SiteKind) -> list[str]:
+    """The sites of these kinds (linear ones unless told) that `target_modules` and the layer and exclusion keys beside
+    it select, in the base's order.
 
     `target_modules` is a regular expression for the whole name, or a list of names that match a module of
     that name or one that ends in `.name`; `all-linear` is every linear module but the output head.
     """
     targets = checkpoint.config.get("target_modules")
     excluded = checkpoint.config.get("exclude_modules")
+    kinds = kinds or (SiteKind.LINEAR,)
     sites = [
         name
         for name, site in base.sites.items()
-        if not names_module(excluded, name, "exclude_modules")
-        and (not site.is_head if _is_all_linear(targets) else _is_targeted(checkpoint, targets, name))
+        if site.kind in kinds
+        and not names_module(excluded, name, "exclude_modules")
+        and (_is_inner_linear(site) if _is_all_linear(targets) else _is_targeted(checkpoint, targets, name))
     ]
     if not sites:
         raise AdapterError(
-            "base_mismatch", f"target_modules {targets!r} names no linear module of this base", "target_modules"
+            "base_mismatch",
+            f"target_modules {targets!r} names no {' or '.join(_WORDS[kind] for kind in kinds)} of this base",
+            "target_modules",
         )
     return sites
 
 
 def _is_all_linear(targets: Any) -> bool:
     return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+
+
+def _is_inner_linear(site: SiteShape) -> bool:
+    return site.kind is SiteKind.LINEAR and not site.is_head
 
 
 def _is_targeted(checkpoint: Checkpoint, targets: Any, module: str) -> bool:

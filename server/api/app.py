@@ -12,7 +12,7 @@ from fastapi_offline import FastAPIOffline
 
 from server.api import errors
 from server.api.middleware import Admission, BodyLimit, RequestContext
-from server.api.routes import chat, completions, generate, models, operations, tasks, versions
+from server.api.routes import chat, classify, completions, generate, methods, models, operations, score, tasks, versions
 from server.api.services import Services
 
 
@@ -36,7 +36,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    for room in (operations, models, completions, chat, generate, tasks, versions):
+    for room in (operations, models, methods, completions, chat, generate, score, classify, tasks, versions):
         app.include_router(room.router)
     errors.install(app, services.metrics)
     settings = services.settings

@@ -13,7 +13,7 @@ from typing import Self
 
 from server.api.stop import StopStrings
 from server.api.text import BaseTokenizer
-from server.engine.protocol import TokenLogprobs, Tokens
+from server.engine.protocol import Classification, TokenLogprobs, Tokens
 
 
 @dataclass(slots=True)
@@ -33,6 +33,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)  # empty unless log-probabilities were asked for
     prompt_scores: list[TokenLogprobs | None] | None = None
+    classification: Classification | None = None
     finish_reason: str | None = None
 
     def add(self, other: Delta) -> Self:
@@ -41,6 +42,7 @@ class Delta:
         self.token_ids += other.token_ids
         self.scored += other.scored
         self.prompt_scores = other.prompt_scores if self.prompt_scores is None else self.prompt_scores
+        self.classification = other.classification
         self.finish_reason = other.finish_reason
         return self
 
@@ -63,7 +65,7 @@ class Choice:
     def feed(self, tokens: Tokens) -> Delta:
         """What the tokens add."""
         self.virtual_tokens, self.cached_tokens = tokens.virtual_tokens, tokens.cached_tokens
-        delta = Delta(prompt_scores=tokens.prompt_logprobs)
+        delta = Delta(prompt_scores=tokens.prompt_logprobs, classification=tokens.classification)
         for index, token_id in enumerate(tokens.token_ids):
             self.num_tokens += 1
             delta.token_ids.append(token_id)

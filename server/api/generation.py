@@ -72,6 +72,7 @@ class Generation:
         user: str | None,
         priority: int | None,
         arrived: Arrival,
+        classify: bool = False,
     ) -> None:
         """`param`: the field that held the prompts. Who asks without a `user` is one client with all who do.
         Raises `RequestError` when a prompt is too long."""
@@ -97,6 +98,7 @@ class Generation:
                         prompt=prompt.token_ids,
                         stack=target.stack,
                         sampling=sampling,
+                        classify=classify,
                         choice=choice,
                         client=user or "",
                         priority=priority or 0,

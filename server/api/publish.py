@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from adapters_store import (
-    ADAPTER_FILES,
     ID_PATTERN,
     FileRecord,
     NewVersionFacts,
@@ -27,11 +26,12 @@ from adapters_store import (
     adapter_digest,
     publish_files,
 )
+from server.api.derived import write_task_index, write_token_ids
 from server.api.sampling import plan_sampling
 from server.api.schemas.tasks import TaskBody
 from server.api.services import Services
 from server.api.templates import PromptTemplate
-from server.api.uploads import ACCEPTED_FILES
+from server.api.uploads import ACCEPTED_FILES, CONFIG_FILE
 from server.engine.protocol import AdapterFacts
 from server.errors import AdapterError, RequestError
 
@@ -59,7 +59,9 @@ def check_task_name(services: Services, name: str) -> None:
 
 async def check_staged(services: Services, folder: Path) -> CheckedUpload:
     """Have the files of a folder checked; nothing is kept. Raises `AdapterError`."""
-    engine = services.require_base().engine
+    base = services.require_base()
+    engine = base.engine
+    await write_token_ids(base, folder)
     try:
         async with asyncio.timeout(services.settings.request_timeout):
             facts = await engine.inspect(uuid.uuid4().hex, str(folder))
@@ -69,9 +71,38 @@ async def check_staged(services: Services, folder: Path) -> CheckedUpload:
     return CheckedUpload(digest, facts, size, [*facts.warnings, *_base_warnings(folder, services)])
 
 
-async def publish_staged(services: Services, task: str, folder: Path, *, activate: bool) -> tuple[Version, bool]:
-    """Check and publish the files of a staging folder, which are moved away; the version, and whether it is new."""
+def task_names(services: Services, task: str, facts: AdapterFacts) -> list[str]:
+    """The tasks that an upload to `task` gives: itself, or `task:0`, `task:1`, … where a checkpoint holds several."""
+    if facts.tasks is None:
+        return [task]
+    names = [f"{task}:{index}" for index in range(facts.tasks)]
+    for name in names:
+        check_task_name(services, name)
+    return names
+
+
+async def publish_staged(services: Services, task: str, folder: Path, *, activate: bool) -> list[tuple[Version, bool]]:
+    """Check and publish the files of a staging folder, which are moved away; each version, and whether it is new.
+
+    A checkpoint of several tasks gives a version of each, one after the other; publishing it again completes what was
+    cut off.
+    """
     checked = await check_staged(services, folder)
+    names = task_names(services, task, checked.facts)
+    if checked.facts.tasks is None:
+        return [await _publish(services, task, folder, checked, activate=activate)]
+    published = []
+    for index, name in enumerate(names):
+        with services.blobs.staging() as own:
+            await asyncio.to_thread(_copy_files, folder, own)
+            await asyncio.to_thread(write_task_index, own, index)
+            published.append(await _publish(services, name, own, checked, activate=activate))
+    return published
+
+
+async def _publish(
+    services: Services, task: str, folder: Path, checked: CheckedUpload, *, activate: bool
+) -> tuple[Version, bool]:
     facts = NewVersionFacts(
         method=checked.facts.method,
         parameters=checked.facts.parameters,
@@ -86,13 +117,12 @@ async def publish_staged(services: Services, task: str, folder: Path, *, activat
     return published
 
 
-async def publish_folder(services: Services, task: str, source: Path, *, activate: bool) -> tuple[Version, bool]:
-    """Publish a PEFT folder of this machine just as an upload of its files would be; the folder stays as it is."""
+async def publish_folder(services: Services, task: str, source: Path, *, activate: bool) -> list[tuple[Version, bool]]:
+    """Publish a folder of this machine just as an upload of its files would be; the folder stays as it is."""
     check_task_name(services, task)
     with services.blobs.staging() as folder:
-        for name in ADAPTER_FILES:
-            if not (source / name).is_file():
-                raise AdapterError("missing_file", f"{name} is missing in {source}", "files")
+        if not (source / CONFIG_FILE).is_file():
+            raise AdapterError("missing_file", f"{CONFIG_FILE} is missing in {source}", "files")
         for name in ACCEPTED_FILES:
             if (source / name).is_file():
                 await asyncio.to_thread(shutil.copyfile, source / name, folder / name)
@@ -120,6 +150,11 @@ async def put_settings(services: Services, name: str, changes: TaskBody) -> Task
     task = await services.index.put_task(name, msgspec.structs.replace(old, **named))
     await services.directory.refresh([name])
     return task
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)
 
 
 def _base_warnings(folder: Path, services: Services) -> list[str]:

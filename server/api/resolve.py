@@ -34,8 +34,7 @@ class Target:
         """The adapters, task's first."""
         if self.version is None:
             return ()
-        files = {name: self.version.files[name].sha256 for name in ADAPTER_FILES}
-        return (AdapterRef(self.version.digest, files),)
+        return (adapter_of(self.version),)
 
     @property
     def virtual_tokens(self) -> int:
@@ -51,6 +50,12 @@ class Target:
             "customization": None,
             "methods": [] if self.version is None else [self.version.method],
         }
+
+
+def adapter_of(version: Version) -> AdapterRef:
+    """A version's adapter, for the engine."""
+    files = {name: version.files[name].sha256 for name in ADAPTER_FILES if name in version.files}
+    return AdapterRef(version.digest, files)
 
 
 async def resolve(services: Services, base: ServedBase, name: str, *, param: str) -> Target:

@@ -42,7 +42,7 @@ def plan_sampling(
     *,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     logprobs: int | None = None,
-    prompt_logprobs: bool = False,
+    prompt_logprobs_from: int | None = None,
 ) -> SamplingPlan:
     """Put a request's sampling fields (`SamplingFields.given`) over its task's defaults.
 
@@ -63,7 +63,7 @@ def plan_sampling(
         check_token_ids(chosen["stop_token_ids"], facts, "stop_token_ids")
     if chosen.get("top_k") == -1:
         chosen["top_k"] = 0
-    fields = {**chosen, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    fields = {**chosen, "logprobs": logprobs, "prompt_logprobs_from": prompt_logprobs_from}
     return SamplingPlan(fields=fields, stop=stop, seed=seed, max_tokens=limit)
 
 

@@ -16,12 +16,14 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapters_store import ADAPTER_FILES
+from server.api.derived import DERIVED_FILE
 from server.errors import AdapterError, RequestError
 
 if TYPE_CHECKING:  # the library has this name for type checkers only
     from python_multipart.multipart import MultipartCallbacks
 
-ACCEPTED_FILES = (*ADAPTER_FILES, "README.md")
+CONFIG_FILE = "adapter_config.json"  # which other files there must be, it tells
+ACCEPTED_FILES = (*(name for name in ADAPTER_FILES if name != DERIVED_FILE), "README.md")
 _FIELD = "files"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -101,10 +103,9 @@ class _Reception:
         """Everything has come: raise what was wrong with it."""
         if self.fault is not None:
             raise self.fault
-        for name in ADAPTER_FILES:
-            if name not in self.files:
-                message = f"{name} is missing; upload the files of a PEFT folder: {', '.join(ADAPTER_FILES)}"
-                raise AdapterError("missing_file", message, _FIELD)
+        if CONFIG_FILE not in self.files:
+            message = f"{CONFIG_FILE} is missing; upload the files of an adapter's folder: {', '.join(ACCEPTED_FILES)}"
+            raise AdapterError("missing_file", message, _FIELD)
 
     def _begin(self) -> None:
         self.part = _Part()
@@ -140,7 +141,7 @@ class _Reception:
         if name in ACCEPTED_FILES:
             return None
         if name.endswith(_PICKLED):
-            return f"{name}: pickled weights are never opened; save the adapter as adapter_model.safetensors"
+            return f"{name}: pickled weights are never opened; save the adapter as safetensors, or use `medley convert`"
         return f"{name} is none of the files of an adapter: {', '.join(ACCEPTED_FILES)}"
 
     def _data(self, data: bytes, start: int, end: int) -> None:

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+from server.cli.classify import classify
+from server.cli.convert import convert
+from server.cli.evaluate import evaluate
 from server.cli.generate import generate
+from server.cli.methods import methods
 from server.cli.push import push
 from server.cli.serve import serve
 from server.cli.tasks import activate, delete, rollback, show, tasks
@@ -23,7 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors, the same in a terminal and in a log
 )
-for command in (serve, push, tasks, show, activate, rollback, delete, generate, tune):
+for command in (
+    serve,
+    push,
+    tasks,
+    show,
+    activate,
+    rollback,
+    delete,
+    generate,
+    classify,
+    evaluate,
+    tune,
+    methods,
+    convert,
+):
     app.command()(command)
 
 

@@ -29,8 +29,8 @@ Url = Annotated[
 Json = dict[str, Any]
 
 
-class Client:
-    """Calls to one server; use it in a `with` block."""
+class Address:
+    """Where the server is, and how it is spoken to."""
 
     def __init__(self, url: str | None = None) -> None:
         """`url` wins over `MEDLEY_URL`. Raises `typer.BadParameter` for what is not an HTTP URL."""
@@ -38,9 +38,18 @@ class Client:
         self.url = settings.url.rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise typer.BadParameter(f"{self.url!r} is not an http:// or https:// URL", param_hint="--url")
-        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-        timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        self.headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        self.timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
+
+
+class Client:
+    """Calls to one server; use it in a `with` block."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """`url` wins over `MEDLEY_URL`. Raises `typer.BadParameter` for what is not an HTTP URL."""
+        address = Address(url)
+        self.url = address.url
+        self._http = httpx.Client(base_url=address.url, headers=address.headers, timeout=address.timeout)
 
     def __enter__(self) -> Client:
         return self
@@ -62,10 +71,10 @@ class Client:
         Raises `CommandError` with the server's own message, or with why it could not be reached.
         """
         parts = None if files is None else [("files", (name, content)) for name, content in files]
-        with self._expressed():
+        with expressed(self.url):
             response = self._http.request(method, path, params=params, json=body, files=parts)
         if response.is_error:
-            raise _refusal(response)
+            raise refusal(response)
         return response.json() if response.content else None
 
     def stream(self, path: str, body: Json) -> Iterator[Json]:
@@ -73,10 +82,10 @@ class Client:
 
         Raises `CommandError` as `call` does, and for an `error` event and a stream that breaks off.
         """
-        with self._expressed(), self._http.stream("POST", path, json=body) as response:
+        with expressed(self.url), self._http.stream("POST", path, json=body) as response:
             if response.is_error:
                 response.read()
-                raise _refusal(response)
+                raise refusal(response)
             for data in _events(response):
                 if data == "[DONE]":
                     return
@@ -86,21 +95,20 @@ class Client:
                 yield event
         raise CommandError(f"the server at {self.url} ended the answer too early; look at its log")
 
-    @contextmanager
-    def _expressed(self) -> Iterator[None]:
-        """Turn what httpx says of the network into a sentence with a way out."""
-        try:
-            yield
-        except httpx.InvalidURL as error:
-            raise CommandError(f"{self.url} is not a usable URL: {error}; set --url or MEDLEY_URL") from None
-        except httpx.ConnectError:
-            raise CommandError(
-                f"no server at {self.url}; start one with `medley serve` or set --url/MEDLEY_URL"
-            ) from None
-        except httpx.TimeoutException:
-            raise CommandError(f"the server at {self.url} does not answer; is it the right --url?") from None
-        except httpx.TransportError as error:
-            raise CommandError(f"the connection to {self.url} broke ({error}); look at the server's log") from None
+
+@contextmanager
+def expressed(url: str) -> Iterator[None]:
+    """Turn what httpx says of the network on the way to `url` into a `CommandError` with a way out."""
+    try:
+        yield
+    except httpx.InvalidURL as error:
+        raise CommandError(f"{url} is not a usable URL: {error}; set --url or MEDLEY_URL") from None
+    except httpx.ConnectError:
+        raise CommandError(f"no server at {url}; start one with `medley serve` or set --url/MEDLEY_URL") from None
+    except httpx.TimeoutException:
+        raise CommandError(f"the server at {url} does not answer; is it the right --url?") from None
+    except httpx.TransportError as error:
+        raise CommandError(f"the connection to {url} broke ({error}); look at the server's log") from None
 
 
 def task_path(task: str, *rest: str) -> str:
@@ -119,7 +127,7 @@ def _events(response: httpx.Response) -> Iterator[str]:
                 yield line.removeprefix(b"data:").strip().decode()
 
 
-def _refusal(response: httpx.Response) -> CommandError:
+def refusal(response: httpx.Response) -> CommandError:
     """The server's error as a sentence; what is not in its format came from something in between."""
     try:
         return CommandError(_sentence(response.json()["error"]))

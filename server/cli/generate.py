@@ -43,7 +43,7 @@ def generate(
         "seed": seed,
         "stop": stop or None,
     }
-    body = {"input": _stdin() if text is None else text, "stream": True}
+    body = {"input": stdin_text() if text is None else text, "stream": True}
     body |= {name: value for name, value in sampling.items() if value is not None}
     with Client(url) as client:
         for event in client.stream(task_path(task, "generate"), body):
@@ -52,7 +52,7 @@ def generate(
     sys.stdout.write("\n")
 
 
-def _stdin() -> str:
+def stdin_text() -> str:
     """All of stdin, without the line end that `echo` and editors add, as a shell's `$(…)` takes it."""
     if sys.stdin.isatty():
         print("reading the input from the terminal; Ctrl-D ends it", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""`medley push`: upload a PEFT folder as a new version of a task."""
+"""`medley push`: upload an adapter's folder as a new version of a task."""
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,16 +17,22 @@ from server.cli.client import Client, Json, Url, task_path
 from server.cli.errors import CommandError
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
-_OPTIONAL = ("README.md",)  # PEFT writes one; the server keeps it
+_WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")  # PEFT's, AdapterHub's
+_PICKLED = ("adapter_model.bin", "pytorch_adapter.bin", "pytorch_model_head.bin")
+_OPTIONAL = (
+    "head_config.json",  # AdapterHub's prediction head, with the next
+    "model_head.safetensors",
+    "README.md",  # PEFT writes one; the server keeps it
+)
+_NO_WEIGHTS = "text_prompt"  # the method of ours that has none
 _PROGRESS_FROM_BYTES = 8_000_000  # a smaller upload is over before a bar could be read
 
 
 def push(
     task: Annotated[str, typer.Argument(help="Task id; a new one is created.")],
     path: Annotated[
-        Path, typer.Argument(help="PEFT folder, as `save_pretrained` writes it.", exists=True, file_okay=False)
+        Path,
+        typer.Argument(help="Folder of an adapter, as PEFT or AdapterHub saves it.", exists=True, file_okay=False),
     ],
     activate: Annotated[
         bool, typer.Option("--activate/--no-activate", help="Answer requests with it from now on.")
@@ -37,15 +44,17 @@ def push(
     with Client(url) as client:
         version = upload(client, task, path, activate=activate)
         if description is not None:
-            client.call("PUT", task_path(task), body={"description": description})
-    announce(version)
+            for one in _versions(version):
+                client.call("PUT", task_path(one["task"]), body={"description": description})
+    for one in _versions(version):
+        announce(one)
 
 
 def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
     """Send the adapter in `folder`; the server's record of the version. Its warnings go to stderr.
 
-    Raises `CommandError` for a folder without the two files of an adapter, before anything is sent, and for
-    what the server refuses.
+    Raises `CommandError` for a folder without the files of an adapter, before anything is sent, and for what the
+    server refuses.
     """
     paths = _adapter_files(folder)
     with ExitStack() as stack:
@@ -55,6 +64,12 @@ def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
     for warning in version.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)
     return version
+
+
+def _versions(version: Json) -> list[Json]:
+    """What an upload has made: a version, or one of each task that its checkpoint holds."""
+    versions: list[Json] = version.get("tasks", [version])
+    return versions
 
 
 def announce(version: Json) -> None:
@@ -67,18 +82,34 @@ def announce(version: Json) -> None:
 
 
 def _adapter_files(folder: Path) -> list[Path]:
-    """The files to send: the two of an adapter, and those beside them that the server keeps."""
+    """The files to send: an adapter's config and weights, and those beside them that the server takes."""
     if not (folder / _CONFIG).is_file():
-        raise CommandError(f"{folder} has no {_CONFIG}; give the folder that PEFT's `save_pretrained` wrote")
-    if not (folder / _WEIGHTS).is_file():
-        if (folder / _PICKLED).is_file():
-            raise CommandError(
-                f"{folder} has pickled weights ({_PICKLED}), which are never opened; "
-                f"save the adapter again with `safe_serialization=True` to get {_WEIGHTS}"
-            )
-        raise CommandError(f"{folder} has no {_WEIGHTS}; give the folder that PEFT's `save_pretrained` wrote")
+        raise CommandError(f"{folder} has no {_CONFIG}; give the folder that PEFT or AdapterHub wrote")
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
     optional = [folder / name for name in _OPTIONAL if (folder / name).is_file()]
-    return [folder / _CONFIG, folder / _WEIGHTS, *optional]
+    sent = [folder / _CONFIG, *weights, *optional]
+    for name in _PICKLED:
+        if (folder / name).is_file() and not _has_safetensors_of(name, sent):
+            raise CommandError(
+                f"{folder} has pickled weights ({name}), which are never opened; save the adapter again as safetensors "
+                f"(PEFT: `safe_serialization=True`), or convert it with `medley convert {folder}`"
+            )
+    if not weights and not _is_without_weights(folder / _CONFIG):
+        raise CommandError(f"{folder} has no {' or '.join(_WEIGHTS)}; give the folder that PEFT or AdapterHub wrote")
+    return sent
+
+
+def _has_safetensors_of(pickled: str, sent: list[Path]) -> bool:
+    """Whether the same weights are among what is sent."""
+    return f"{pickled.removeprefix('pytorch_').removesuffix('.bin')}.safetensors" in {path.name for path in sent}
+
+
+def _is_without_weights(config: Path) -> bool:
+    try:
+        content = json.loads(config.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("medley_method") == _NO_WEIGHTS
 
 
 def _progress(total_bytes: int) -> Progress:

@@ -40,8 +40,18 @@ def tasks(as_json: AsJson = False, url: Url = None) -> None:
     print_table(["task", "active", "method", "size", "last used", "description"], rows)
 
 
-def show(task: TaskName, as_json: AsJson = False, url: Url = None) -> None:
+def show(
+    task: TaskName,
+    neighbours: Annotated[
+        bool, typer.Option("--neighbours", help="What the active version's virtual tokens are near to, instead.")
+    ] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
     """Show a task's settings and versions."""
+    if neighbours:
+        _show_neighbours(task, as_json, url)
+        return
     with Client(url) as client:
         record: Json = client.call("GET", task_path(task))
     if as_json:
@@ -103,6 +113,40 @@ def delete(
     with Client(url) as client:
         client.call("DELETE", path)
     print(f"deleted {task}" if version is None else f"deleted {task}@{version}")
+
+
+def _show_neighbours(task: str, as_json: bool, url: str | None) -> None:
+    """Of a soft prompt: each virtual token's nearest tokens with their similarity; of a prefix: norms per layer."""
+    with Client(url) as client:
+        active = client.call("GET", task_path(task))["active"]
+        if active is None:
+            raise CommandError(f"no version of '{task}' is active; choose one with `medley activate {task} VERSION`")
+        found: Json = client.call("GET", task_path(task, "versions", str(active), "neighbours"))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    if found["layers"]:
+        rows = [
+            [layer, _range_of(norms["key_norms"]), _range_of(norms["value_norms"])]
+            for layer, norms in enumerate(found["layers"])
+        ]
+        print_table(["layer", "key norms", "value norms"], rows)
+        return
+    rows = [
+        [at, f"{token['norm']:.3f}", "  ".join(_neighbour(near) for near in token["neighbours"])]
+        for at, token in enumerate(found["virtual_tokens"])
+    ]
+    print_table(["virtual token", "norm", "nearest tokens (cosine)"], rows)
+
+
+def _neighbour(near: Json) -> str:
+    name = near["token_id"] if near["token"] is None else json.dumps(near["token"], ensure_ascii=False)
+    return f"{name} {near['similarity']:.2f}"
+
+
+def _range_of(norms: list[float]) -> str:
+    """Least, mean and greatest."""
+    return f"{min(norms):.3f} … {sum(norms) / len(norms):.3f} … {max(norms):.3f}"
 
 
 def _all_tasks(client: Client) -> Iterator[Json]:

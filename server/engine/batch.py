@@ -18,15 +18,26 @@ from torch import Tensor
 
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Layout, SiteBlocks
-from server.engine.prefixes import PrefixRun
+from server.engine.graphs import Composition, DecodeRow, GraphInputs
+from server.engine.prefixes import PrefixRun, unnumbered
 from server.engine.scheduler import Row, Schedule
 from server.engine.sequence import Sequence
-from server.model import AttentionPlan, BaseShape, DecodeGroup, KVCache, PrefillRow, Rows, Segment, SitePlan
-from server.model.kv_cache import NULL_PAGE
+from server.model import (
+    AttentionPlan,
+    BaseShape,
+    DecodeGroup,
+    KVCache,
+    PrefillRow,
+    Rows,
+    Segment,
+    SitePlan,
+    VarlenRows,
+)
+from server.model.kv_cache import NULL_PAGE, index_tensor
 
-# What a decode group gathers of one layer's pages. Larger copies leave the processor's cache between being written
-# and being read, and cost up to twice as much (measured on two cores with 32 MB of cache).
-_GATHER_BYTES = 6 * 1024**2
+# What a decode group gathers of one layer's pages. On a CPU larger copies leave the processor's cache between being
+# written and being read, and cost up to twice as much (measured on two cores with 32 MB of cache).
+_GATHER_BYTES = {"cpu": 4 * 1024**2, "cuda": 256 * 1024**2}
 
 # From so many tokens on an adapter is applied by itself; fewer take their rows out of the pool token by token, all
 # adapters of one layout at once. (Two cores: 8 tokens of one LoRA cost about as much either way.)
@@ -56,6 +67,8 @@ class StepBatch:
     logit_rows: list[LogitRows]
     num_virtual: int  # virtual tokens run in this step
     num_adapters: int  # distinct ones
+    wants_states: bool = False  # a classification head takes the inputs of the base's own
+    composition: Composition | None = None  # if its inputs are `GraphInputs`, which then make its deltas too
 
 
 @dataclass(frozen=True)
@@ -76,41 +89,85 @@ class _Placed:
 class BatchBuilder:
     """Builds batches for one base and one cache geometry."""
 
-    def __init__(self, shape: BaseShape, pool: RowPool, page_size: int, device: torch.device) -> None:
-        """`device` is where the batch's tensors go; `pool` has the adapters' rows."""
+    def __init__(
+        self,
+        shape: BaseShape,
+        pool: RowPool,
+        page_size: int,
+        device: torch.device,
+        *,
+        is_varlen: bool = False,
+        graph_inputs: GraphInputs | None = None,
+    ) -> None:
+        """`device` is where the batch's tensors go; `pool` has the adapters' rows. `is_varlen` says for which attention
+        to plan; steps of one token per row go into `graph_inputs` where there are any."""
         self._shape = shape
         self._pool = pool
         self._page_size = page_size
         self._device = device
         largest = max(KVCache.page_bytes([layer], page_size, shape.dtype) for layer in shape.layers)
-        self._gathered_pages = _GATHER_BYTES // largest
+        self._gathered_pages = _GATHER_BYTES[device.type] // largest
+        self._is_varlen = is_varlen
+        self._graph_inputs = graph_inputs
 
     def build(self, schedule: Schedule) -> StepBatch:
         """The batch of a schedule with at least one row."""
         placed = _place(schedule)
+        if self._graph_inputs is not None and all(map(_is_decode, placed)):
+            padded = self._padded(placed, self._graph_inputs)
+            if padded is not None:
+                return padded
         virtual = [given for item in placed for given in _virtual_embeddings(item, self._pool)]
         return StepBatch(
             token_ids=self._tensor([token for item in placed for token in _token_ids(item.row)]),
-            positions=self._tensor([at for item in placed for at in range(item.row.start, item.row.stop)]),
+            positions=self._tensor([at for item in placed for at in _positions(item.row)]),
             embeddings=virtual,
             attention=self._attention(placed, schedule),
             deltas=self._deltas(placed),
             logit_tokens=self._tensor(
                 [token for item in placed for token in range(item.stop - _num_logits(item), item.stop)]
             ),
-            logit_rows=[
-                LogitRows(run, item.logit_start, item.logit_stop, item.row.stop == run.num_tokens)
-                for item in placed
-                if isinstance(run := item.row.run, Sequence) and item.logit_stop > item.logit_start
-            ],
+            logit_rows=_logit_rows(placed),
             num_virtual=sum(len(given) for _, given in virtual),
-            num_adapters=len({resident.digest for item in placed for resident in item.stack}),
+            wants_states=any(isinstance(run, Sequence) and run.request.classify for run in schedule.rows),
+            num_adapters=_num_adapters(placed),
+        )
+
+    def _padded(self, placed: list[_Placed], inputs: GraphInputs) -> StepBatch | None:
+        """A batch of rows of one token, in memory that a graph can refer to; None where it does not fit there."""
+        rows = [
+            DecodeRow(
+                token=next(iter(_token_ids(item.row))),
+                place=item.row.start,
+                position=next(iter(_positions(item.row))),
+                pages=_block_table(item.row)[: -(-item.row.stop // self._page_size)],
+                stack=item.stack,
+            )
+            for item in placed
+        ]
+        composition = inputs.fill(rows)
+        if composition is None:
+            return None
+        static = inputs.batch(composition)
+        return StepBatch(
+            token_ids=static.token_ids,
+            positions=static.positions,
+            embeddings=[],
+            attention=static.attention,
+            deltas={},
+            logit_tokens=static.logit_tokens,
+            logit_rows=_logit_rows(placed),
+            num_virtual=0,
+            num_adapters=_num_adapters(placed),
+            composition=composition,
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+        return index_tensor(values, self._device)
 
     def _attention(self, placed: list[_Placed], schedule: Schedule) -> AttentionPlan:
+        if self._is_varlen:
+            return self._varlen_attention(placed, schedule)
         slots: list[int] = []
         decode: list[tuple[_Placed, list[int]]] = []
         prefill: list[PrefillRow] = []
@@ -133,6 +190,30 @@ class BatchBuilder:
                 for rows, stop in zip(groups, accumulate(map(len, groups)), strict=True)
             ],
             prefill=prefill,
+        )
+
+    def _varlen_attention(self, placed: list[_Placed], schedule: Schedule) -> AttentionPlan:
+        tables = [_block_table(item.row)[: -(-item.row.stop // self._page_size)] for item in placed]
+        slots = [
+            slot
+            for item, table in zip(placed, tables, strict=True)
+            for slot in self._slots(table, item.row.start, item.row.stop)
+        ]
+        sources, more_slots = self._shared_tails(placed, schedule)
+        lengths = [item.row.stop for item in placed]
+        return AttentionPlan(
+            slots=self._tensor(slots + more_slots),
+            sources=self._tensor([*range(len(slots)), *sources]) if sources else None,
+            decode_tokens=self._tensor([]),
+            decode=[],
+            prefill=[],
+            varlen=VarlenRows(
+                starts=index_tensor([item.start for item in placed] + [placed[-1].stop], self._device, bits=32),
+                lengths=index_tensor(lengths, self._device, bits=32),
+                block_tables=index_tensor(_padded_tables(tables), self._device, bits=32),
+                most_tokens=max(item.row.count for item in placed),
+                longest=max(lengths),
+            ),
         )
 
     def _slots(self, table: list[int], start: int, stop: int) -> list[int]:
@@ -168,13 +249,10 @@ class BatchBuilder:
 
     def _decode_group(self, rows: list[tuple[_Placed, list[int]]], start: int) -> DecodeGroup:
         """Rows padded to the longest of them; `start` is the first one's place among all decode rows."""
-        width = max(len(pages) for _, pages in rows)
         return DecodeGroup(
             start=start,
             stop=start + len(rows),
-            block_tables=torch.tensor(
-                [pages + [NULL_PAGE] * (width - len(pages)) for _, pages in rows], device=self._device
-            ),
+            block_tables=index_tensor(_padded_tables([pages for _, pages in rows]), self._device),
             lengths=self._tensor([item.row.stop for item, _ in rows]),
         )
 
@@ -229,7 +307,7 @@ class _Segments:
         if starts[1:] == stops[:-1]:
             return slice(starts[0], stops[-1])
         indices = [token for _, span in self.spans for token in range(span.start, span.stop)]
-        return torch.tensor(indices, device=self._pool.device)
+        return index_tensor(indices, self._pool.device)
 
     def segment(self, delta: SiteBlocks) -> Segment:
         """At one site."""
@@ -247,7 +325,7 @@ class _Segments:
         first = self._firsts.get(width)
         if first is None:
             rows = [resident.first[width] for resident, span in self.spans for _ in range(span.start, span.stop)]
-            first = self._firsts[width] = torch.tensor(rows, device=self._pool.device)
+            first = self._firsts[width] = index_tensor(rows, self._pool.device)
         return first
 
 
@@ -272,9 +350,43 @@ def _wanted_logits(row: Row) -> int:
     run = row.run
     if isinstance(run, PrefixRun):
         return 0
-    if run.sampling.prompt_logprobs and len(run.prompt_logprobs) < len(run.request.prompt):
-        return row.stop - max(row.start, run.num_virtual)
-    return 1 if row.stop == run.num_tokens else 0
+    return max(0, row.stop - max(row.start, run.first_logit))
+
+
+def _is_decode(item: _Placed) -> bool:
+    """Whether the row is one token of a sequence's text whose logits are wanted."""
+    run = item.row.run
+    return (
+        isinstance(run, Sequence)
+        and item.row.count == 1
+        and item.row.start >= run.num_virtual
+        and _num_logits(item) == 1
+        and not run.request.classify  # a padded step has logits only
+    )
+
+
+def _logit_rows(placed: list[_Placed]) -> list[LogitRows]:
+    return [
+        LogitRows(run, item.logit_start, item.logit_stop, item.row.stop == run.num_tokens)
+        for item in placed
+        if isinstance(run := item.row.run, Sequence) and item.logit_stop > item.logit_start
+    ]
+
+
+def _num_adapters(placed: list[_Placed]) -> int:
+    """Distinct ones."""
+    return len({resident.digest for item in placed for resident in item.stack})
+
+
+def _padded_tables(tables: list[list[int]]) -> list[list[int]]:
+    width = max(map(len, tables))
+    return [pages + [NULL_PAGE] * (width - len(pages)) for pages in tables]
+
+
+def _positions(row: Row) -> range:
+    """Of the row's tokens; a row lies on one side of each span that takes none, for such a span has no rows."""
+    shift = unnumbered(row.run.spans, row.start)
+    return range(row.start - shift, row.stop - shift)
 
 
 def _num_logits(item: _Placed) -> int:

@@ -15,12 +15,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from server.engine.channel import AsyncChannel
 from server.engine.protocol import (
     Abort,
     AdapterFacts,
+    AdapterRef,
     BaseFacts,
     Configure,
     Failed,
@@ -29,6 +30,8 @@ from server.engine.protocol import (
     Generate,
     Inspect,
     Inspected,
+    Neighbours,
+    NeighboursFound,
     Ready,
     StepOutput,
     StepStats,
@@ -115,6 +118,7 @@ class EngineClient:
         self._on_step = on_step
         self._streams: dict[str, TokenStream] = {}  # by sequence
         self._inspections: dict[str, asyncio.Future[Inspected]] = {}
+        self._searches: dict[str, asyncio.Future[NeighboursFound]] = {}
         self._ready: asyncio.Future[BaseFacts] = asyncio.get_running_loop().create_future()
         self._fatal: str | None = None
         self._is_closing = False
@@ -178,6 +182,21 @@ class EngineClient:
         assert answer.facts is not None, "an inspection answers with facts or an error"
         return answer.facts
 
+    async def neighbours(self, request_id: str, adapter: AdapterRef, k: int) -> NeighboursFound:
+        """What an adapter's virtual tokens are near to, found beside the steps. Raises `RequestError`."""
+        if not self.alive:
+            raise self._dead()
+        future: asyncio.Future[NeighboursFound] = asyncio.get_running_loop().create_future()
+        self._searches[request_id] = future
+        try:
+            self._channel.send(Neighbours(id=request_id, adapter=adapter, k=k))
+            answer = await future
+        finally:
+            self._searches.pop(request_id, None)
+        if answer.error is not None:
+            raise _error(answer.error)
+        return answer
+
     def _submit(self, request: Generate, stream: TokenStream) -> None:
         assert request.id not in self._streams, "ids of open sequences are unique"
         if self.alive:
@@ -206,6 +225,10 @@ class EngineClient:
                 future = self._inspections.get(message.id)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case NeighboursFound():
+                search = self._searches.get(message.id)
+                if search is not None and not search.done():
+                    search.set_result(message)
             case Ready():
                 self._ready.set_result(message.base)
             case Fatal():
@@ -231,7 +254,8 @@ class EngineClient:
         for stream in set(self._streams.values()):
             stream.fail(self._dead())
         self._streams.clear()
-        for future in self._inspections.values():
+        waiting: list[asyncio.Future[Any]] = [*self._inspections.values(), *self._searches.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(self._dead())
         if not self._ready.done():

@@ -16,10 +16,11 @@ import torch
 
 from server.adapters import Adapter, Bank, RowPool
 from server.adapters.bank import AdapterKey, Ticket
-from server.engine.batch import BatchBuilder, LogitRows, StepBatch
+from server.engine.batch import LogitRows, StepBatch
+from server.engine.classify import classify, refusal
 from server.engine.pages import PagePool
 from server.engine.prefixes import Span
-from server.engine.protocol import Failed, Generate, StepOutput, StepStats, Tokens
+from server.engine.protocol import Classification, Failed, Generate, StepOutput, StepStats, TokenLogprobs, Tokens
 from server.engine.queue import who_makes_room
 from server.engine.runner import Runner
 from server.engine.sampler import Choice, Sampler, log_probabilities
@@ -75,8 +76,8 @@ class Engine:
             max_prefill_tokens=limits.max_prefill_tokens,
         )
         cache = KVCache(base.layers, limits.num_pages, limits.page_size, dtype=base.dtype, device=base.device)
-        self._batches = BatchBuilder(base.shape, pool, limits.page_size, base.device)
-        self._runner = Runner(base, cache, pool)
+        self._runner = Runner(base, cache, pool, max_rows=limits.max_seqs)
+        self._batches = self._runner.batch_builder()
         self._eos_token_ids = frozenset(base.eos_token_ids)
         self._sampler = Sampler(base.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}  # in order of arrival
@@ -184,6 +185,8 @@ class Engine:
                 f"{request.sampling.max_tokens} new ones are too many: {error}"
             )
             self._end(sequence, RequestError("context_length_exceeded", message, "max_tokens"))
+        elif (refused := refusal(sequence)) is not None:
+            self._end(sequence, refused)
         elif not request.prompt and not (sequence.spans and sequence.spans[-1].is_run):
             message = "the prompt is empty, and there is no soft prompt whose last virtual token could go on"
             self._end(sequence, RequestError("empty_prompt", message, "prompt"))
@@ -198,22 +201,38 @@ class Engine:
 
     def _commit(self, batch: StepBatch, logits: torch.Tensor) -> None:
         """Score prompts, choose tokens, and end what is done."""
-        scored = [rows for rows in batch.logit_rows if rows.sequence.sampling.prompt_logprobs]
-        for rows in scored:
-            if torch.isfinite(logits[rows.start : rows.stop].amax(-1)).all():  # NaN anywhere makes the maximum NaN
-                _score_prompt(rows, logits)
-            else:
-                self._end_not_finite(rows.sequence)
+        scored = [rows for rows in batch.logit_rows if rows.sequence.sampling.prompt_logprobs_from is not None]
+        if scored:
+            finite = torch.isfinite(logits.amax(-1)).tolist()  # NaN anywhere makes the maximum NaN
+            for rows in scored:
+                if not all(finite[rows.start : rows.stop]):
+                    self._end_not_finite(rows.sequence)
+            _score_prompts([rows for rows in scored if rows.sequence.id in self._sequences], logits)
         sampling = [rows for rows in batch.logit_rows if rows.samples and rows.sequence.id in self._sequences]
-        ended = [rows.sequence for rows in sampling if rows.sequence.sampling.max_tokens == 0]
-        for sequence in ended:
-            self._say(sequence, [], None, "length", None)
+        ended = [rows for rows in sampling if rows.sequence.sampling.max_tokens == 0]
+        for rows in ended:
+            self._end_without_tokens(rows)
         sampling = [rows for rows in sampling if rows.sequence.sampling.max_tokens > 0]
         if sampling:
-            chosen = logits[[rows.stop - 1 for rows in sampling]]
+            places = torch.tensor([rows.stop - 1 for rows in sampling], device=logits.device)
+            chosen = logits.index_select(0, places)  # a tenth of the time of indexing by a list
             sequences = [rows.sequence for rows in sampling]
             for sequence, choice in zip(sequences, self._sampler.choose(sequences, chosen), strict=True):
                 self._append(sequence, choice)
+
+    def _end_without_tokens(self, rows: LogitRows) -> None:
+        """End a sequence that was to be scored or classified."""
+        sequence = rows.sequence
+        if not sequence.request.classify:
+            self._say(sequence, [], None, "length", None)
+            return
+        states = self._runner.states
+        assert states is not None, "a batch with such a sequence wants them"
+        answer = classify(sequence, states[rows.stop - 1], self.bank.pool)
+        if answer is None:
+            self._end_not_finite(sequence)
+        else:
+            self._say(sequence, [], None, "length", None, answer)
 
     def _append(self, sequence: Sequence, choice: Choice) -> None:
         """Give a sequence its next token, or its end."""
@@ -230,7 +249,13 @@ class Engine:
         self._say(sequence, [token], choice, finish, None)
 
     def _say(
-        self, sequence: Sequence, tokens: list[int], choice: Choice | None, finish: str | None, stop_token: int | None
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        choice: Choice | None,
+        finish: str | None,
+        stop_token: int | None,
+        classification: Classification | None = None,
     ) -> None:
         first = len(sequence.output) == len(tokens)
         logprobs = [choice.logprobs] if choice is not None and choice.logprobs is not None else None
@@ -239,7 +264,10 @@ class Engine:
                 id=sequence.id,
                 token_ids=tokens,
                 logprobs=logprobs,
-                prompt_logprobs=sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs else None,
+                prompt_logprobs=sequence.prompt_logprobs
+                if first and sequence.sampling.prompt_logprobs_from is not None
+                else None,
+                classification=classification,
                 finish_reason=finish,
                 stop_token=stop_token,
                 virtual_tokens=sequence.num_virtual,
@@ -297,19 +325,30 @@ def _spans(sequence: Sequence) -> tuple[Span, ...]:
     for level, resident in enumerate(sequence.stack):
         prefix = resident.layout.prefix
         if prefix is not None:
-            spans.append(Span(at, at + prefix.length, level, prefix.is_run))
+            spans.append(Span(at, at + prefix.length, level, prefix.is_run, prefix.takes_positions))
             at += prefix.length
     return tuple(spans)
 
 
-def _score_prompt(rows: LogitRows, logits: torch.Tensor) -> None:
-    """Note the log-probabilities of the prompt's tokens that these rows predict; the first has none."""
-    sequence = rows.sequence
-    prompt, scored = sequence.request.prompt, sequence.prompt_logprobs
-    if prompt and not scored:
-        scored.append(None)
-    top = sequence.sampling.logprobs or 0
-    first = sequence.num_computed - (rows.stop - rows.start) - sequence.num_virtual  # the prompt index of the rows
-    for index, row in enumerate(logits[rows.start : rows.stop], start=first + 1):
-        if index == len(scored) and index < len(prompt):
-            scored.append(log_probabilities(row, top).of(prompt[index]))
+def _score_prompts(scored: list[LogitRows], logits: torch.Tensor) -> None:
+    """Note the log-probabilities of the prompts' tokens that these rows predict; a prompt's first has none."""
+    predicted: list[tuple[Sequence, int, int]] = []  # whose, the row, the token that follows it
+    for rows in scored:
+        sequence = rows.sequence
+        prompt, first = sequence.request.prompt, sequence.sampling.prompt_logprobs_from
+        assert first is not None, "only what is to be scored is given"
+        if prompt and not first and not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)
+        next_index = first + len(sequence.prompt_logprobs)
+        shift = rows.stop - sequence.num_computed + sequence.num_virtual - 1  # row of the logits before prompt[0]'s
+        predicted += [
+            (sequence, shift + index, prompt[index]) for index in range(next_index, min(len(prompt), rows.stop - shift))
+        ]
+    if not predicted:
+        return
+    places, tokens = [row for _, row, _ in predicted], [token for _, _, token in predicted]
+    chosen = (logits[places, tokens] - logits.logsumexp(-1)[places]).tolist()
+    for (sequence, row, token), value in zip(predicted, chosen, strict=True):
+        top = sequence.sampling.logprobs
+        score = log_probabilities(logits[row], top).of(token) if top else TokenLogprobs(value, {})
+        sequence.prompt_logprobs.append(score)

@@ -21,11 +21,18 @@ class Span:
     stop: int
     level: int  # which adapter of the stack
     is_run: bool  # embeddings, run through the model; else keys and values, copied
+    takes_positions: bool = True  # else what follows has the positions that it would have without them
 
     @property
     def length(self) -> int:
         """Virtual tokens."""
         return self.stop - self.start
+
+
+def unnumbered(spans: tuple[Span, ...], start: int) -> int:
+    """How many of the virtual tokens before `start` take no position: tokens from there on have their index less this
+    as their position."""
+    return sum(span.length for span in spans if not span.takes_positions and span.stop <= start)
 
 
 @dataclass(eq=False)

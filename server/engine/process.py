@@ -23,10 +23,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from adapters_store import LocalBlobs, VersionCorrupt
-from server.adapters import Adapter, Checkpoint, read_adapter
+from server.adapters import METHODS, Adapter, Checkpoint, MethodFacts, read_adapter
 from server.engine.channel import Channel
 from server.engine.engine import Engine, EngineLimits
 from server.engine.loop import EngineLoop
+from server.engine.neighbours import layer_norms, virtual_tokens
 from server.engine.protocol import (
     Abort,
     AdapterFacts,
@@ -37,6 +38,9 @@ from server.engine.protocol import (
     Generate,
     Inspect,
     Inspected,
+    MethodEntry,
+    Neighbours,
+    NeighboursFound,
     Ready,
     ToEngine,
 )
@@ -112,6 +116,8 @@ class EngineProcess:
                         self._loop.post(message)
                     case Inspect():
                         self._checks.submit(self._inspect, message)
+                    case Neighbours():
+                        self._checks.submit(self._find_neighbours, message)
                     case Configure():
                         raise AssertionError("Configure comes once, first")
         finally:
@@ -138,6 +144,20 @@ class EngineProcess:
             self._outgoing.put(Inspected(id=message.id, error=failed))
         else:
             self._outgoing.put(Inspected(id=message.id, facts=_adapter_facts(adapter)))
+
+    def _find_neighbours(self, message: Neighbours) -> None:
+        try:
+            adapter = self._load_adapter(message.adapter.files)
+            tokens = virtual_tokens(adapter, self._base, message.k)
+            found = NeighboursFound(id=message.id, tokens=tokens, layers=layer_norms(adapter))
+        except RequestError as error:
+            failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
+            found = NeighboursFound(id=message.id, error=failed)
+        except Exception as error:  # whoever asks gets an answer
+            logger.exception("neighbours could not be found")
+            failed = Failed(id=message.id, code="internal_error", message=f"neighbours could not be found: {error!r}")
+            found = NeighboursFound(id=message.id, error=failed)
+        self._outgoing.put(found)
 
     def _check_size(self, adapter: Adapter) -> None:
         """Refuse what fits the base but could never be served here."""
@@ -170,6 +190,7 @@ def _adapter_facts(adapter: Adapter) -> AdapterFacts:
         virtual_tokens=adapter.virtual_tokens,
         rank=adapter.rank,
         warnings=list(adapter.warnings),
+        tasks=adapter.tasks,
     )
 
 
@@ -218,6 +239,17 @@ def _facts(settings: Configure, base: FrozenBase, folder: Path, limits: EngineLi
         chat_template=tokenizer.chat_template if tokenizer is not None else None,
         kv_pages=limits.num_pages - 1,
         page_size=limits.page_size,
+        methods=[_method_entry(method.FACTS) for method in METHODS],
+    )
+
+
+def _method_entry(facts: MethodFacts) -> MethodEntry:
+    return MethodEntry(
+        name=facts.name,
+        mechanism=facts.mechanism,
+        formats=list(facts.formats),
+        parameters=facts.parameters,
+        cost=facts.cost,
     )
 
 

@@ -4,8 +4,9 @@ Frozen msgspec structs, one MessagePack frame each, over one stream socket (`ser
 name their adapters by content, so the engine needs the blob store but no index; text stays on the HTTP side,
 so the engine knows token ids only. This module knows no torch.
 
-    HTTP → engine   Configure, once; then Generate, Abort, Inspect
-    engine → HTTP   Ready, once; then StepOutput after each step, Inspected per upload, Fatal before it dies
+    HTTP → engine   Configure, once; then Generate, Abort, Inspect, Neighbours
+    engine → HTTP   Ready, once; then StepOutput after each step, Inspected per upload, NeighboursFound per question,
+                    Fatal before it dies
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # how many alternatives beside the chosen token; None: no log-probabilities
-    prompt_logprobs: bool = False  # the same for the prompt's tokens (`echo` with `logprobs`)
+    prompt_logprobs_from: int | None = None  # the same for the prompt's tokens from this one on; None: for none
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -74,6 +75,7 @@ class Generate(Message, frozen=True, kw_only=True):
     prompt: list[int]
     stack: tuple[AdapterRef, ...] = ()
     sampling: Sampling
+    classify: bool = False  # the stack's classification head answers, with the prompt's scores; `max_tokens` is 0
     choice: int = 0  # index among the request's choices; with seed and position it fixes the noise
     client: str = ""  # who is served: fairness is between clients
     priority: int = 0  # 0–9; lower starts earlier
@@ -93,11 +95,27 @@ class Inspect(Message, frozen=True, kw_only=True):
     folder: str
 
 
+class Neighbours(Message, frozen=True, kw_only=True):
+    """Find what an adapter's virtual tokens are near to, beside the steps."""
+
+    id: str
+    adapter: AdapterRef
+    k: int  # tokens of the vocabulary for each
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities (nats) at one position, of the model's own distribution."""
 
     chosen: float
     top: dict[int, float]  # token id → log-probability, best first
+
+
+class Classification(msgspec.Struct, frozen=True, array_like=True):
+    """What a classification head says of a prompt."""
+
+    kind: Literal["single", "multiple", "regression"]  # one label is right, any number of them are, or it is a number
+    labels: list[str]  # the checkpoint's names
+    logits: list[float]  # of each label; of a regression the number
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -106,7 +124,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first tokens; [0] is None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first tokens; of the prompt's first: None
+    classification: Classification | None = None
     finish_reason: str | None = None  # stop | length
     stop_token: int | None = None  # the id that ended it; not in `token_ids`
     virtual_tokens: int = 0  # of the stack
@@ -162,6 +181,7 @@ class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
     virtual_tokens: int
     rank: int | None
     warnings: list[str]
+    tasks: int | None = None  # how many tasks its checkpoint holds, where it is one of several
 
 
 class Inspected(Message, frozen=True, kw_only=True):
@@ -170,6 +190,47 @@ class Inspected(Message, frozen=True, kw_only=True):
     id: str
     facts: AdapterFacts | None = None
     error: Failed | None = None
+
+
+class Neighbour(msgspec.Struct, frozen=True, array_like=True):
+    """A token of the vocabulary near a virtual one."""
+
+    token_id: int
+    similarity: float  # cosine of the two embeddings
+    norm: float  # of the token's embedding
+
+
+class VirtualToken(msgspec.Struct, frozen=True, array_like=True):
+    """A soft prompt's."""
+
+    norm: float
+    nearest: list[Neighbour]  # the nearest first
+
+
+class LayerNorms(msgspec.Struct, frozen=True, array_like=True):
+    """A prefix's in one layer: of each virtual token's key and value, over all heads."""
+
+    keys: list[float]
+    values: list[float]
+
+
+class NeighboursFound(Message, frozen=True, kw_only=True):
+    """The answer to `Neighbours`: a soft prompt's tokens, a prefix's norms, or an error."""
+
+    id: str
+    tokens: list[VirtualToken] = []
+    layers: list[LayerNorms] = []
+    error: Failed | None = None
+
+
+class MethodEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A method that adapters may have here, for the listing."""
+
+    name: str
+    mechanism: str
+    formats: list[str]  # of checkpoints
+    parameters: str  # per layer
+    cost: str
 
 
 class BaseFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +250,7 @@ class BaseFacts(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None
     kv_pages: int
     page_size: int
+    methods: list[MethodEntry] = []
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -203,5 +265,5 @@ class Fatal(Message, frozen=True, kw_only=True):
     message: str
 
 
-ToEngine = Configure | Generate | Abort | Inspect
-FromEngine = Ready | StepOutput | Inspected | Fatal
+ToEngine = Configure | Generate | Abort | Inspect | Neighbours
+FromEngine = Ready | StepOutput | Inspected | NeighboursFound | Fatal

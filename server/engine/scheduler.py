@@ -20,9 +20,9 @@ from server.engine.pages import PagePool, pages_for
 from server.engine.prefixes import PrefixRun, Span
 from server.engine.queue import WaitingQueue
 from server.engine.sequence import Sequence
-from server.engine.shared_text import cached_text, share_pages
+from server.engine.shared_text import cached_tail, cached_text, leave_tail, share_pages
 
-PROMPT_LOGPROB_CHUNK = 512  # positions a step for prompts whose every position needs logits
+PROMPT_LOGPROB_CHUNK = 512  # positions of prompts in a step that need logits
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PrefixCopy:
 
 @dataclass(frozen=True)
 class PageCopy:
-    """The prefix's last, partly filled page becomes the sequence's first own page."""
+    """A partly filled page becomes the sequence's first own page: the prefix's last, or that of a choice's input."""
 
     sequence: Sequence
     source: int
@@ -66,6 +66,7 @@ class Schedule:
     page_copies: list[PageCopy] = field(default_factory=list)
     rows: dict[Sequence | PrefixRun, list[Row]] = field(default_factory=dict)
     owners: dict[PrefixRun, Sequence] = field(default_factory=dict)  # a sequence whose stack the prefix has
+    logit_room: int = PROMPT_LOGPROB_CHUNK  # positions of prompts that may still ask for logits
     num_preempted: int = 0
     num_prompt_tokens: int = 0  # of the sequences that start for the first time, virtual ones counted
     num_cached_tokens: int = 0  # of those, the ones that are not computed
@@ -98,6 +99,8 @@ class Scheduler:
         else refers to leave the cache: what they hold is of no use."""
         if sequence in self.running:
             self.running.remove(sequence)
+            if keep:
+                leave_tail(sequence, self.cache, self.pages.page_size)
             self._release(sequence, keep=keep)
             self.waiting.end(sequence)
         elif sequence in self.waiting:
@@ -132,13 +135,16 @@ class Scheduler:
     def _extend(self, sequence: Sequence, budget: int, step: Schedule) -> int:
         """Schedule a running sequence's next positions; the number of them."""
         count = min(sequence.num_remaining, budget)
-        if sequence.sampling.prompt_logprobs:
-            count = min(count, PROMPT_LOGPROB_CHUNK)
+        first_scored = sequence.num_tokens  # a stream's logits are not a prompt's
+        if sequence.sampling.prompt_logprobs_from is not None and sequence.num_remaining > 1:
+            first_scored = max(sequence.first_logit, sequence.num_computed)
+            count = min(count, first_scored + step.logit_room - sequence.num_computed)
         is_running = bool(sequence.block_table)  # not preempted for one before it
         if not (count and is_running and self._reserve(sequence, sequence.num_computed + count, step)):
             return 0
         step.rows[sequence] = [Row(sequence, sequence.num_computed, count)]
         sequence.num_computed += count
+        step.logit_room -= max(0, sequence.num_computed - first_scored)
         self.waiting.charge(sequence, sequence.num_computed - count, sequence.num_computed)
         return count
 
@@ -165,9 +171,11 @@ class Scheduler:
     def _start(self, sequence: Sequence, budget: int, step: Schedule) -> int | None:
         """Start the first waiting sequence, its prefix before it if that is not there yet.
 
-        Returns the positions spent; None when there are no pages for it, or only part of the prefix could run: then
-        nothing else may start in this step, for it might be given the pages of what runs.
+        Returns the positions spent; None when there are no pages for it, no room for its logits, or only part of the
+        prefix could run: then nothing else may start in this step, for it might be given the pages of what runs.
         """
+        if sequence.sampling.prompt_logprobs_from is not None and not step.logit_room:
+            return None
         prefix = self._hold_prefix(sequence, step)
         if prefix is None:
             return None
@@ -228,13 +236,22 @@ class Scheduler:
         for node in sequence.text_nodes:
             self.cache.hold(node)
         num_shared = sequence.num_prefix // size
+        sequence.num_shared_pages = num_shared
         needed = pages_for(sequence.num_tokens, size) - num_shared - len(sequence.text_nodes)
         if needed > self.cache.available:
             return False
+        tail = cached_tail(sequence, prefix, size)
+        if tail is not None and needed + (not tail.holders) <= self.cache.available:
+            self.cache.hold(tail)
+            sequence.tail = tail
         own = self._take_pages(needed, step)
         sequence.block_table = prefix.pages[:num_shared] + [node.pages[0] for node in sequence.text_nodes] + own
-        sequence.num_shared_pages, sequence.num_computed = num_shared, sequence.num_prefix
-        if sequence.text_nodes:
+        sequence.num_computed = sequence.num_prefix
+        if sequence.tail is not None:
+            assert sequence.input_stop is not None
+            sequence.num_computed = sequence.input_stop
+            step.page_copies.append(PageCopy(sequence, sequence.tail.pages[0], own[0]))
+        elif sequence.text_nodes:
             sequence.num_computed = (num_shared + len(sequence.text_nodes)) * size
         elif sequence.num_prefix % size:
             step.page_copies.append(PageCopy(sequence, prefix.pages[num_shared], own[0]))
@@ -252,10 +269,10 @@ class Scheduler:
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Let go of all that a sequence has or refers to."""
         assert sequence.prefix is not None
-        nodes = [sequence.prefix, *sequence.text_nodes]
+        nodes = [sequence.prefix, *sequence.text_nodes, *([sequence.tail] if sequence.tail else [])]
         shared = {page for node in nodes for page in node.pages}
         self.cache.give(page for page in sequence.block_table if page not in shared)
         for node in reversed(nodes):
             self.cache.release(node, keep=keep)
-        sequence.prefix, sequence.text_nodes, sequence.block_table = None, [], []
+        sequence.prefix, sequence.text_nodes, sequence.tail, sequence.block_table = None, [], None, []
         sequence.num_shared_pages, sequence.num_computed = 0, 0

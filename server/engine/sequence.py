@@ -35,6 +35,7 @@ class Sequence:
     prefix: PrefixRun | None = None  # its stack's node of the page cache
     num_shared_pages: int = 0  # of the block table, the prefix's: those before the first that has text
     text_nodes: list[CachedPages] = field(default_factory=list)  # the page cache's, of the pages that follow
+    tail: CachedPages | None = None  # of its input's last, partly filled page: it began as a copy of that, or left it
 
     @property
     def id(self) -> str:
@@ -81,6 +82,26 @@ class Sequence:
     def num_remaining(self) -> int:
         """Positions yet to be computed."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def first_logit(self) -> int:
+        """The first position whose logits it still needs: the one before the next prompt token to be scored, if there
+        is one, else its last."""
+        scored_from = self.sampling.prompt_logprobs_from
+        if scored_from is not None:
+            index = scored_from + len(self.prompt_logprobs)
+            if index < len(self.request.prompt):
+                return self.num_virtual + max(index - 1, 0)
+        return self.num_tokens - 1
+
+    @property
+    def input_stop(self) -> int | None:
+        """Of a choice that is scored: how many positions come before the first whose logits score it. All choices for
+        one input have them in common. None for what is no choice."""
+        scored_from = self.sampling.prompt_logprobs_from
+        if not scored_from or scored_from >= len(self.request.prompt) or self.sampling.max_tokens:
+            return None
+        return self.num_virtual + scored_from - 1
 
     def token_ids(self, start: int, stop: int) -> Items[int]:
         """Ids of the positions `start` … `stop` - 1, none of them virtual."""

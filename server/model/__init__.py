@@ -2,10 +2,14 @@
 pages, and the sites at which adapters change its modules. Knows nothing of adapters' formats, of requests or
 of scheduling."""
 
-from server.model.attention import AttentionPlan, DecodeGroup, PagedAttention, PrefillRow
-from server.model.base import BaseShape, FrozenBase
+from server.model.attention import AttentionPlan, DecodeGroup, PrefillRow, VarlenRows
+from server.model.base import BaseShape, FrozenBase, TokenEmbedding
+from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
-from server.model.sites import DeltaKind, RowDelta, Rows, Segment, SitePlan, Sites
+from server.model.norms import NormForm
+from server.model.row_deltas import DeltaKind, RowDelta, Rows, Segment, SitePlan
+from server.model.sites import SiteKind, Sites, SiteShape
+from server.model.varlen_attention import VarlenAttention
 
 __all__ = [
     "AttentionPlan",
@@ -15,11 +19,17 @@ __all__ = [
     "FrozenBase",
     "KVCache",
     "LayerShape",
+    "NormForm",
     "PagedAttention",
     "PrefillRow",
     "RowDelta",
     "Rows",
     "Segment",
+    "SiteKind",
     "SitePlan",
+    "SiteShape",
     "Sites",
+    "TokenEmbedding",
+    "VarlenAttention",
+    "VarlenRows",
 ]

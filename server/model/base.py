@@ -6,7 +6,8 @@ A forward pass takes one packed step: embeddings `[num_tokens, hidden]` with exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,31 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.errors import StartupError
 from server.model.attention import IMPLEMENTATION, Attention
+from server.model.blocks import TRACED_TOKENS, Block, trace
 from server.model.fused import fuse
 from server.model.heap import keep_freed_memory
 from server.model.kv_cache import LayerShape
+from server.model.norms import NormForm, find_norms
 from server.model.probe import probe
 from server.model.products import dense_weight
-from server.model.sites import SitePlan, Sites, SiteShape
+from server.model.row_deltas import SitePlan, change_outputs
+from server.model.sites import SiteKind, Sites, SiteShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def _no_embedding(token_ids: Tensor) -> Tensor:
+    raise AssertionError("this shape was made without the base's embedding")
+
+
+@dataclass(frozen=True)
+class TokenEmbedding:
+    """The input embedding as a site."""
+
+    site: str
+    scale: float  # by which its class multiplies the weight's rows
+    tied_head: str | None  # the output layer, where its weight is the embedding's
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,10 @@ class BaseShape:
     dtype: torch.dtype
     weight: Callable[[str], Tensor]  # of a site, [out, in]; never to be written to
     bias: Callable[[str], Tensor | None]  # of a site, [out]
+    blocks: tuple[Block, ...] = ()  # the layers' sub-blocks, in order; none where the base has no places like these
+    vocab_size: int = 0  # rows of the input embedding
+    embed: Callable[[Tensor], Tensor] = _no_embedding  # [n] ids below that → [n, embedding_width], as the base embeds
+    token_embedding: TokenEmbedding | None = None
 
     @property
     def widest(self) -> int:
@@ -54,14 +75,46 @@ class FrozenBase:
         """Freeze, probe and wrap `model`. Raises `StartupError` where it cannot be served right."""
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
+        self.parameters: int = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
         self.max_model_len = _max_model_len(model.config, max_model_len)
         self.layers = tuple(probe(model, self.max_model_len))
         model.set_attn_implementation(IMPLEMENTATION)
         self.embedding: nn.Module = model.get_input_embeddings()
+        self.token_embedding = self._token_embedding()  # before weights are packed
         self.sites = Sites(model, model.get_output_embeddings())
         if self.device.type == "cpu":
             keep_freed_memory()
+        norms = dict(find_norms(model))
         fuse(model, self.sites)
+        self.blocks = self._add_traced_sites(norms)
+        self.sites.shapes[self.token_embedding.site] = SiteShape(
+            1, self._embedding_weight.shape[1], is_head=False, kind=SiteKind.EMBEDDING
+        )
+
+    def _token_embedding(self) -> TokenEmbedding:
+        names = {module: name for name, module in self.model.named_modules()}
+        head = self.model.get_output_embeddings()
+        is_tied = head is not None and head.weight is self._embedding_weight
+        scale = torch.as_tensor(getattr(self.embedding, "embed_scale", 1.0)).to(self.dtype)
+        return TokenEmbedding(names[self.embedding], float(scale), names[head] if is_tied else None)
+
+    def _add_traced_sites(self, norms: dict[str, NormForm]) -> tuple[Block, ...]:
+        """Find out by one forward pass where norms, attentions and sub-blocks can be sites."""
+        ids = torch.arange(TRACED_TOKENS, device=self.device) % self.vocab_size
+
+        def run(attention: Attention) -> None:
+            self.forward(self.embed(ids), torch.arange(TRACED_TOKENS, device=self.device), attention, {}, ids[:1])
+
+        width = self._embedding_weight.shape[1]
+        outputs = [name for name, site in self.sites.shapes.items() if site.outputs == width]
+        traced = trace(self.model, norms, outputs, run)
+        self.sites.add_norms(self.model, {name: norms[name] for name in traced.usable_norms()})
+        for layer, width in traced.query_widths.items():
+            named = [name for name, module in self.model.named_modules() if getattr(module, "layer_idx", None) == layer]
+            self.sites.add_attention(layer, max(named, key=lambda name: name.count(".")), width)
+        blocks = tuple(traced.blocks())
+        self.sites.add_blocks(self.model, blocks)
+        return blocks
 
     @classmethod
     def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:
@@ -100,13 +153,27 @@ class FrozenBase:
     def shape(self) -> BaseShape:
         """What an adapter must fit."""
         width = self._embedding_weight.shape[1]
-        return BaseShape(self.sites.shapes, self.layers, width, self.dtype, self._site_weight, self._site_bias)
+        return BaseShape(
+            self.sites.shapes,
+            self.layers,
+            width,
+            self.dtype,
+            self._site_weight,
+            self._site_bias,
+            self.blocks,
+            self.vocab_size,
+            self._embed_apart,
+            self.token_embedding,
+        )
+
+    def _embed_apart(self, token_ids: Tensor) -> Tensor:
+        return self.embed(token_ids.to(self.device)).cpu()
 
     def _site_weight(self, name: str) -> Tensor:
         return dense_weight(self.model.get_submodule(name))
 
     def _site_bias(self, name: str) -> Tensor | None:
-        bias: Tensor | None = self.model.get_submodule(name).bias
+        bias: Tensor | None = getattr(self.model.get_submodule(name), "bias", None)  # some norms have no such attribute
         return None if bias is None else bias.detach()
 
     @property
@@ -115,25 +182,22 @@ class FrozenBase:
         return self._embedding_weight.shape[0]
 
     @property
-    def parameters(self) -> int:
-        """Number of weights, tied ones once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
     def eos_token_ids(self) -> list[int]:
-        """From the generation config, else the model's config."""
+        """From the generation config, else the model's config; without ids that the base does not have."""
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
         if ids is None:
             ids = getattr(self.config, "eos_token_id", None)
         if ids is None:
             return []
-        return [ids] if isinstance(ids, int) else list(ids)
+        return [token for token in ([ids] if isinstance(ids, int) else ids) if 0 <= token < self.vocab_size]
 
     @torch.inference_mode()
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """`[num_tokens]` → `[num_tokens, hidden]`, through the model's own embedding."""
+    def embed(self, token_ids: Tensor, deltas: SitePlan | None = None) -> Tensor:
+        """`[num_tokens]` → `[num_tokens, hidden]`, through the model's own embedding and the deltas at it."""
         embedded: Tensor = self.embedding(token_ids[None])[0]
+        if deltas and (levels := deltas.get(self.token_embedding.site)):
+            change_outputs(embedded, ((segments, token_ids[:, None]) for segments in levels))
         return embedded
 
     @torch.inference_mode()
@@ -144,23 +208,41 @@ class FrozenBase:
         attention: Attention,
         deltas: SitePlan,
         logit_tokens: Tensor,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Run a packed step.
 
         `embeddings` `[num_tokens, hidden]`, `positions` `[num_tokens]`; `logit_tokens` `[n]` are the indices, in
         ascending order, of the tokens whose logits are wanted. Returns float32 `[n, vocabulary]` from the
-        class's own head, so that its caps and scales hold.
+        class's own head, so that its caps and scales hold. What that head was given, `[n, hidden]`, is added to
+        `states` if there are any.
         """
-        with self.sites.applying(deltas):
+        with self.sites.applying(deltas), self._keeping_states(states):
             output = self.model(
                 inputs_embeds=embeddings[None],
                 position_ids=positions[None],
                 use_cache=False,
                 logits_to_keep=logit_tokens,
-                medley_attention=attention,
+                medley_attention=self.sites.attending(attention),
             )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    @contextmanager
+    def _keeping_states(self, states: list[Tensor] | None) -> Iterator[None]:
+        """Add the head's inputs to `states` inside the block."""
+        if states is None:
+            yield
+            return
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states.append(inputs[0].flatten(0, -2))
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -21,7 +22,14 @@ from server.model.sites import Sites
 
 _TOLERANCE = {torch.float32: 1e-5}  # of the largest value
 _LOW_PRECISION_TOLERANCE = 2e-2
-_ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"), ("relu", ""))  # as oneDNN's fusion names them
+_MAGNITUDES = (1e-3, 1.0, 1e2)  # of the inputs on which forms are tried: an epsilon shows in the small ones
+_ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN's fusion names them
+    ("swish", ""): functional.silu,
+    ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
+    ("gelu", "none"): functional.gelu,
+    ("relu", ""): functional.relu,
+}
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function that rotates queries and keys
 
 
@@ -32,7 +40,7 @@ def fuse(model: nn.Module, sites: Sites) -> None:
     for name, module in model.named_modules():
         for candidate, width in [*_norms(module), *_gated_mlps(name, module, sites)]:
             inputs = torch.randn(1, 3, width, device=next(module.parameters()).device).to(dtype)
-            if _agree(candidate(inputs), module.forward(inputs)):
+            if all(_agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in _MAGNITUDES):
                 module.forward = candidate
                 break
         _fuse_rotation(module)
@@ -41,7 +49,7 @@ def fuse(model: nn.Module, sites: Sites) -> None:
 def _agree(fused: Tensor, own: Tensor) -> bool:
     if fused.shape != own.shape or fused.dtype != own.dtype:
         return False
-    scale = max(float(own.abs().max()), 1.0)
+    scale = float(own.abs().max())
     return float((fused.float() - own.float()).abs().max()) <= scale * _TOLERANCE.get(
         own.dtype, _LOW_PRECISION_TOLERANCE
     )
@@ -53,9 +61,11 @@ def _norms(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], int]
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float):
         return
-    if isinstance(module, nn.LayerNorm):
+    if len(inspect.signature(module.forward).parameters) != 1 or isinstance(module, _OTHER_NORMS):
         return
-    for scale in (weight, (weight.float() + 1).to(weight.dtype)):
+    # a class adds the 1 in float32; below that the sum would lose digits
+    scales = (weight, weight + 1) if weight.dtype == torch.float32 else (weight,)
+    for scale in scales:
 
         def norm(inputs: Tensor, scale: Tensor = scale) -> Tensor:
             return functional.rms_norm(inputs, scale.shape, scale, epsilon)
@@ -70,17 +80,30 @@ def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Ca
         return
     assert isinstance(gate, nn.Module)
     assert isinstance(up, nn.Module)
+    activation = _known_activation(getattr(module, "act_fn", None))
+    if activation is None:
+        return
     own = module.forward
     touched = (f"{name}.gate_proj", f"{name}.up_proj")
     times_up = products.multiplied(up)
-    for activation, algorithm in _ACTIVATIONS:
-        activated_gate = products.activated(gate, activation, algorithm)
+    activated_gate = products.activated(gate, *activation)
 
-        def mlp(inputs: Tensor, activated_gate: products.Product = activated_gate) -> Tensor:
-            outputs: Tensor = own(inputs) if sites.touches(touched) else down(times_up(inputs, activated_gate(inputs)))
-            return outputs
+    def mlp(inputs: Tensor) -> Tensor:
+        outputs: Tensor = own(inputs) if sites.touches(touched) else down(times_up(inputs, activated_gate(inputs)))
+        return outputs
 
-        yield mlp, gate.in_features  # type: ignore[misc]
+    yield mlp, gate.in_features  # type: ignore[misc]
+
+
+def _known_activation(function: Any) -> tuple[str, str] | None:
+    """The fusion's name of an activation, by its values: over a whole MLP, rounding would hide the difference."""
+    if not callable(function):
+        return None
+    inputs = torch.linspace(-12, 12, 4001)
+    for name, known in _ACTIVATIONS.items():
+        if float((function(inputs) - known(inputs)).abs().max()) <= 1e-6:
+            return name
+    return None
 
 
 def _fuse_rotation(module: nn.Module) -> None:
@@ -105,12 +128,15 @@ def _rotates_alike(own: Any) -> bool:
     if not callable(own) or list(inspect.signature(own).parameters) != list(inspect.signature(rotate).parameters):
         return False
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    cos, sin = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-    try:
-        rotated = own(query, key, cos, sin)
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    return all(_agree(fused, given) for fused, given in zip(rotate(query, key, cos, sin), rotated, strict=True))
+    for width in (query.shape[-1], query.shape[-1] // 2):
+        cos, sin = torch.randn(1, 3, width), torch.randn(1, 3, width)
+        try:
+            rotated = own(query, key, cos, sin)
+        except (RuntimeError, TypeError, ValueError):
+            return width < query.shape[-1]  # one that knows no other width is never asked for it
+        if not all(_agree(fused, given) for fused, given in zip(rotate(query, key, cos, sin), rotated, strict=True)):
+            return False
+    return True
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

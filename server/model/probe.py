@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.errors import StartupError
-from server.model.attention import IMPLEMENTATION, AttentionPlan, DecodeGroup, PagedAttention, PrefillRow
+from server.model.attention import IMPLEMENTATION, AttentionPlan, DecodeGroup, PrefillRow
+from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
 
 _RECORDING = "medley_recording"

@@ -17,7 +17,6 @@ Product = Callable[[Tensor], Tensor]
 
 # The blocked layout is chosen for a number of rows; that of many rows is the best, or as good, for few as well.
 _ROWS = 1024
-_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -44,10 +43,11 @@ def pack(module: nn.Module) -> Product:
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     dense = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     packed = torch.ops.mkldnn._reorder_linear_weight(dense.contiguous(), _ROWS)
+    linear = torch.ops.mkldnn._linear_pointwise  # here and below: a torch without oneDNN has no such name
     module.weight = nn.Parameter(packed, requires_grad=False)
 
     def product(inputs: Tensor) -> Tensor:
-        outputs: Tensor = _linear(inputs, packed, bias, "none", [], "")
+        outputs: Tensor = linear(inputs, packed, bias, "none", [], "")
         return outputs
 
     return product
@@ -55,9 +55,10 @@ def pack(module: nn.Module) -> Product:
 
 def activated(module: nn.Module, activation: str, algorithm: str) -> Product:
     """A packed module's product with an activation of oneDNN's fused into it: f(x Wᵀ + b)."""
+    linear = torch.ops.mkldnn._linear_pointwise
 
     def product(inputs: Tensor) -> Tensor:
-        outputs: Tensor = _linear(inputs, module.weight, module.bias, activation, [], algorithm)
+        outputs: Tensor = linear(inputs, module.weight, module.bias, activation, [], algorithm)
         return outputs
 
     return product
@@ -65,9 +66,10 @@ def activated(module: nn.Module, activation: str, algorithm: str) -> Product:
 
 def multiplied(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """A packed module's product times another tensor, element by element: (x Wᵀ + b) ⊙ z."""
+    linear = torch.ops.mkldnn._linear_pointwise.binary
 
     def product(inputs: Tensor, factor: Tensor) -> Tensor:
-        outputs: Tensor = _linear.binary(inputs, factor, module.weight, module.bias, "mul")
+        outputs: Tensor = linear(inputs, factor, module.weight, module.bias, "mul")
         return outputs
 
     return product

@@ -1,77 +1,34 @@
 """Sites: the modules of the base at which adapters act, each wrapped once at load.
 
 A site's module keeps its weights, its class and its place in the model; only its `forward` is led through
-the site, which applies the step's row deltas around it. Without deltas the base's own forward runs.
-
-In a stack of adapters M₀ is the base's module and Mₖ is adapter k's change of Mₖ₋₁ (task first, then user): an
-input scale gives Mₖ(x) = Mₖ₋₁(l ⊙ x), everything else adds to or scales the output of Mₖ₋₁(x).
-"""
+the site, which applies the step's row deltas around it. Without deltas the base's own forward runs. A site is a linear
+module,"""
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from enum import Enum
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model import products
+from server.model.attention import Attention, AttentionOptions
+from server.model.blocks import Block
+from server.model.norms import NormForm
+from server.model.row_deltas import SitePlan, apply_levels, as_rows, change_outputs
 
 
-class DeltaKind(ABC):  # noqa: B024 - a kind changes inputs, outputs or both; none is right for all
-    """How deltas of one kind change a module, for several groups of tokens at once, each group with its own rows.
+class SiteKind(Enum):
+    """What a site is."""
 
-    Frozen and equal by value: what is not a tensor (an activation, say) is a field.
-    """
-
-    changes_input: bool = False
-
-    def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - most change outputs only
-        """Change `inputs` `[groups, tokens, in]`, a copy that is this site's own; `blocks` `[groups, rows, width]`."""
-
-    def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - see above
-        """Change `outputs` `[groups, tokens, out]` in place, given Mₖ's `inputs` `[groups, tokens, in]`."""
-
-
-@dataclass(frozen=True, eq=False)
-class RowDelta:
-    """One adapter's change of one module."""
-
-    kind: DeltaKind
-    blocks: tuple[Tensor, ...]  # each [rows, width], as its kind says
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """One block of the deltas of a group: rows out of a pool."""
-
-    pool: Tensor  # [all rows, width]
-    first: int | Tensor  # the block's first row: one adapter's, or each token's [tokens]
-    count: int
-
-    def gather(self) -> Tensor:
-        """`[groups, rows, width]`: one group with one adapter's rows, or a group for each token."""
-        if isinstance(self.first, int):
-            return self.pool[self.first : self.first + self.count][None]
-        index = self.first[:, None] + torch.arange(self.count, device=self.first.device)
-        return self.pool.index_select(0, index.flatten()).view(len(index), self.count, -1)
-
-
-class Segment(NamedTuple):
-    """Tokens of a step whose deltas at a site are of one kind: all of one adapter, or each of its own."""
-
-    tokens: slice | Tensor
-    kind: DeltaKind
-    blocks: tuple[Rows, ...]
-    is_each: bool  # each token has its own rows
-
-
-SitePlan = Mapping[str, Sequence[Sequence[Segment]]]
-"""Per site name the levels of the stacks (task, user), each a list of segments that share no token."""
+    LINEAR = "linear"
+    NORM = "norm"
+    ATTENTION = "attention"
+    BLOCK = "block"
+    EMBEDDING = "embedding"  # the input embedding: its input is a token id
 
 
 @dataclass(frozen=True)
@@ -81,6 +38,9 @@ class SiteShape:
     inputs: int
     outputs: int
     is_head: bool
+    kind: SiteKind = SiteKind.LINEAR
+    norm: NormForm | None = None  # of a norm
+    is_transposed: bool = False  # whether a linear module stores its weight as [in, out]
 
 
 class Sites:
@@ -92,16 +52,45 @@ class Sites:
         self.shapes: dict[str, SiteShape] = {}
         self._plan: SitePlan = {}
         self._packed: set[nn.Module] = set()
+        self._attention_sites: dict[int, str] = {}
+        self._residuals: dict[str, Tensor] = {}  # of the blocks under way that have deltas
         for name, module in model.named_modules():
             shape = _linear_shape(module)
             if shape is None:
                 continue
-            self.shapes[name] = SiteShape(*shape, is_head=module is head)
+            self.shapes[name] = SiteShape(*shape, is_head=module is head, is_transposed=isinstance(module, Conv1D))
             forward = module.forward
             if products.can_pack(module):
                 forward = products.pack(module)
                 self._packed.add(module)
             module.forward = self._wrap(name, forward)
+
+    def add_norms(self, model: nn.Module, norms: Mapping[str, NormForm]) -> None:
+        """Wrap norms, once their modules have the forward that they shall keep."""
+        for name, form in norms.items():
+            module = model.get_submodule(name)
+            width = len(module.weight)  # type: ignore[arg-type]  # a norm's weight is a vector
+            self.shapes[name] = SiteShape(width, width, is_head=False, kind=SiteKind.NORM, norm=form)
+            module.forward = self._wrap(name, module.forward)
+
+    def add_blocks(self, model: nn.Module, blocks: Iterable[Block]) -> None:
+        """Wrap the norms and the last linear modules of blocks; after `add_norms`."""
+        for block in blocks:
+            norm, output = model.get_submodule(block.norm), model.get_submodule(block.output)
+            width = self.shapes[block.norm].inputs
+            self.shapes[block.site] = SiteShape(width, width, is_head=False, kind=SiteKind.BLOCK)
+            norm.forward = self._begin_block(block.site, norm.forward)
+            output.forward = self._end_block(block.site, output.forward)
+
+    def add_attention(self, layer: int, name: str, width: int) -> None:
+        """Let deltas act at a layer's attention, called `name`; `width` is that of all heads together."""
+        self.shapes[name] = SiteShape(width, width, is_head=False, kind=SiteKind.ATTENTION)
+        self._attention_sites[layer] = name
+
+    def attending(self, attention: Attention) -> Attention:
+        """`attention` with the deltas of the step under way."""
+        planned = {layer: name for layer, name in self._attention_sites.items() if name in self._plan}
+        return _ChangedAttention(attention, planned, self._plan) if planned else attention
 
     def is_packed(self, module: object) -> bool:
         """Whether it is a site's module with a packed weight."""
@@ -114,7 +103,25 @@ class Sites:
     def _wrap(self, name: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(inputs: Tensor) -> Tensor:
             levels = self._plan.get(name)
-            return _apply(base_forward, inputs, levels) if levels else base_forward(inputs)
+            return apply_levels(base_forward, inputs, levels) if levels else base_forward(inputs)
+
+        return forward
+
+    def _begin_block(self, site: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
+            if site in self._plan:
+                self._residuals[site] = inputs
+            return base_forward(inputs)
+
+        return forward
+
+    def _end_block(self, site: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
+            outputs = base_forward(inputs)
+            if levels := self._plan.get(site):
+                residual = as_rows(self._residuals.pop(site))
+                change_outputs(outputs, ((segments, residual) for segments in levels))
+            return outputs
 
         return forward
 
@@ -126,6 +133,25 @@ class Sites:
             yield
         finally:
             self._plan = {}
+            self._residuals.clear()
+
+
+@dataclass(frozen=True)
+class _ChangedAttention:
+    """An attention and what adapters add to it."""
+
+    attention: Attention
+    sites: Mapping[int, str]  # of the layers that have deltas
+    plan: SitePlan
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `Attention`."""
+        output = self.attention.attend(layer, query, key, value, options)
+        if layer not in self.sites:
+            return output
+        rows, queries = output.contiguous().flatten(1), query.flatten(1)
+        change_outputs(rows, ((segments, queries) for segments in self.plan[self.sites[layer]]))
+        return rows.view(output.shape)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -135,41 +161,3 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     return None
-
-
-def _apply(base_forward: Callable[[Tensor], Tensor], inputs: Tensor, levels: Sequence[Sequence[Segment]]) -> Tensor:
-    """Mₙ(inputs): input changes from the last level to the first, the base, output changes back up."""
-    seen: list[Tensor] = []  # the input of each level's Mₖ, last level first
-    for segments in reversed(levels):
-        seen.append(inputs.reshape(-1, inputs.shape[-1]))
-        inputs = _changed_input(inputs, segments)
-    outputs = base_forward(inputs)
-    rows = outputs.view(-1, outputs.shape[-1])
-    for segments, level_inputs in zip(levels, reversed(seen), strict=True):
-        for segment in segments:
-            chosen = rows[segment.tokens]
-            blocks = [block.gather() for block in segment.blocks]
-            given = level_inputs[segment.tokens]
-            segment.kind.change_output(_grouped(given, segment), _grouped(chosen, segment), *blocks)
-            if isinstance(segment.tokens, Tensor):  # a copy was changed
-                rows[segment.tokens] = chosen
-    return outputs
-
-
-def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
-    changing = [segment for segment in segments if segment.kind.changes_input]
-    if not changing:
-        return inputs
-    inputs = inputs.clone()  # the base's other modules read the original too
-    rows = inputs.view(-1, inputs.shape[-1])
-    for segment in changing:
-        chosen = rows[segment.tokens]
-        segment.kind.change_input(_grouped(chosen, segment), *[block.gather() for block in segment.blocks])
-        if isinstance(segment.tokens, Tensor):
-            rows[segment.tokens] = chosen
-    return inputs
-
-
-def _grouped(tokens: Tensor, segment: Segment) -> Tensor:
-    """`[tokens, width]` as `[groups, tokens of a group, width]`."""
-    return tokens[:, None] if segment.is_each else tokens[None]

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from server.adapters import Adapter, Checkpoint, read_adapter
-from server.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from server.adapters.checkpoint import CONFIG_FILE, DERIVED_FILE, WEIGHTS_FILE
 from server.errors import AdapterError
 from server.model import BaseShape, LayerShape
 from server.model.sites import SiteShape
@@ -193,7 +193,7 @@ def test_a_layers_pattern_that_is_no_regular_expression_is_bad_config() -> None:
     _refused("bad_config", {**LORA, "layers_to_transform": [0], "layers_pattern": 3}, says="layers_pattern")
 
 
-@pytest.mark.parametrize("peft_type", ["LOHA", "ADALORA", "BONE", "", "lora", "CPT"])
+@pytest.mark.parametrize("peft_type", ["OFT", "HIRA", "BONE", "", "lora"])
 def test_an_unknown_method_is_refused_with_those_that_are_served(peft_type: str) -> None:
     _refused("unsupported_method", {**LORA, "peft_type": peft_type}, says="PROMPT_TUNING")
 
@@ -201,10 +201,6 @@ def test_an_unknown_method_is_refused_with_those_that_are_served(peft_type: str)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.w"]),
@@ -294,3 +290,53 @@ def test_unknown_settings_are_warnings() -> None:
 
 def test_an_expression_that_takes_for_ever_is_refused() -> None:
     _refused("bad_config", {**LORA, "target_modules": r"(.|\w)+[!?]"}, says="target_modules")
+
+
+def _multitask(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {**PROMPT, "peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 4, "num_ranks": 2, **changes}
+    tensors = {
+        "prompt_embeddings": torch.randn(3, 8),
+        "prefix_task_cols": torch.randn(4, 3, 2),
+        "prefix_task_rows": torch.randn(4, 2, 8),
+    }
+    return config, tensors
+
+
+def test_a_checkpoint_of_many_tasks_says_how_many() -> None:
+    config, tensors = _multitask()
+    adapter = _read(config, tensors)
+    assert (adapter.tasks, adapter.parameters) == (4, 3 * 8 + 3 * 2 + 2 * 8)
+
+
+def test_a_checkpoint_of_many_tasks_that_does_not_hold_them_is_refused() -> None:
+    _refused("bad_config", *_multitask(num_tasks=0), says="num_tasks")
+    _refused("bad_config", *_multitask(num_ranks=None), says="num_ranks")
+    _refused("base_mismatch", *_multitask(num_tasks=5), says="prefix_task_cols")
+    _refused("base_mismatch", *_multitask(num_ranks=3), says="prefix_task_cols")
+    _refused("too_large", *_multitask(num_tasks=10**6), says="num_tasks")
+
+
+@pytest.mark.parametrize("index", [4, -1, 1.0, "1", None, True])
+def test_a_task_that_the_checkpoint_does_not_hold_is_refused(index: Any) -> None:
+    config, tensors = _multitask()
+    files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: save(tensors)}
+    files[DERIVED_FILE] = json.dumps({"task_index": index}).encode()
+    with pytest.raises(AdapterError, match="task_index"):
+        read_adapter(Checkpoint.parse(files, torch.float32), SHAPE)
+
+
+@pytest.mark.parametrize("key", ["config", "medley_method"])
+def test_a_config_of_two_formats_is_refused(key: str) -> None:
+    _refused("bad_config", {**PROMPT, key: "x"}, _tensors(PROMPT), says=key)
+
+
+def test_a_file_of_another_format_is_refused() -> None:
+    files = {CONFIG_FILE: json.dumps(PROMPT).encode(), WEIGHTS_FILE: save(_tensors(PROMPT))}
+    files["model_head.safetensors"] = save({"lm_head.weight": torch.ones(20, 8)})
+    with pytest.raises(AdapterError, match=r"model_head\.safetensors") as caught:
+        Checkpoint.parse(files, torch.float32)
+    assert caught.value.code == "unknown_file"
+
+
+def test_an_unknown_method_of_our_own_is_refused_with_those_that_are_served() -> None:
+    _refused("unsupported_method", {"medley_method": "made_up"}, {}, says="text_prompt")

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.adapters.deltas import input_scale, low_rank, output_scale
-from server.model import RowDelta
+from server.adapters import Checkpoint, sparse
+from server.adapters.adaption_prompt import ExtraAttention
+from server.adapters.bottleneck_kind import Flags, Network
+from server.adapters.deltas import input_scale, low_rank, norm_scale, output_scale, token_shift
+from server.adapters.top_layers import Dense
+from server.model import BaseShape, LayerShape, NormForm, RowDelta, SiteShape
 
 IN, OUT = 7, 5
 GROUPS = [(1, 1), (1, 9), (2, 1), (6, 1), (3, 4)]  # groups, tokens of each
@@ -94,3 +98,84 @@ def test_kinds_are_equal_by_value() -> None:
     ]
     assert [len(same) for same in kinds] == [1, 1, 1]
     assert len(set().union(*kinds)) == len(kinds)
+
+
+def _bottleneck(**flags: object) -> RowDelta:
+    """With values in every block."""
+    plain = {
+        "non_linearity": "swish",
+        "is_parallel": False,
+        "original_ln_before": False,
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "adapter_residual_before_ln": False,
+        "ln_before": False,
+        "ln_after": False,
+    }
+    known = Flags(**(plain | flags))  # type: ignore[arg-type]
+    norms = tuple(torch.randn(OUT) for _ in range(2 * (known.ln_before + known.ln_after)))
+    network = Network(torch.randn(3, OUT), torch.randn(3), torch.randn(3, OUT), torch.randn(OUT), norms)
+    return network.delta(known)
+
+
+def _sparse() -> RowDelta:
+    site = SiteShape(10, 20, is_head=False)
+    tensors = {"m.weight.indices": torch.tensor([[3, 19], [4, 0]]), "m.weight.values": torch.randn(2)}
+    shape = BaseShape({"m": site}, (), 6, torch.float32, lambda name: torch.empty(0), lambda name: None)
+    return sparse.read(Checkpoint({"medley_method": "sparse"}, tensors, torch.float32), shape).deltas["m"]
+
+
+_FORM = NormForm(1e-6, is_centred=True)
+_EXTRA_ATTENTION = RowDelta(ExtraAttention(LayerShape(2, 3)), (torch.randn(4, 6), torch.randn(4, 6)))
+# kinds that act on [groups, tokens, width] of one width, and that width
+_KINDS: dict[str, tuple[Callable[[], RowDelta], int, int]] = {
+    "norm": (lambda: norm_scale(torch.randn(OUT), _FORM), OUT, OUT),
+    "token": (lambda: token_shift(torch.randn(OUT), torch.randn(OUT), torch.randn(1)), IN, OUT),
+    "sparse": (_sparse, 10, 20),
+    "dense": (lambda: RowDelta(Dense(), (torch.randn(OUT, IN),)), IN, OUT),
+    "attention": (lambda: _EXTRA_ATTENTION, 12, 12),
+    "sequential": (_bottleneck, OUT, OUT),
+    "pfeiffer": (lambda: _bottleneck(original_ln_before=True), OUT, OUT),
+    "parallel": (lambda: _bottleneck(is_parallel=True), OUT, OUT),
+    "stream lost": (lambda: _bottleneck(original_ln_after=False), OUT, OUT),
+    "stream twice": (lambda: _bottleneck(original_ln_before=True, residual_before_ln=False), OUT, OUT),
+    "norms": (lambda: _bottleneck(ln_before=True, ln_after=True), OUT, OUT),
+    "residual normed": (lambda: _bottleneck(ln_after=True, adapter_residual_before_ln=True), OUT, OUT),
+}
+
+
+@pytest.mark.parametrize("name", _KINDS)
+@torch.inference_mode()
+def test_tokens_with_rows_of_their_own_are_changed_as_each_alone(name: str) -> None:
+    torch.manual_seed(1)
+    make, width, height = _KINDS[name]
+    deltas = [make() for _ in range(4)]
+    inputs, outputs = torch.randn(4, 1, width), torch.randn(4, 1, height)
+    given, before = inputs.clone(), outputs.clone()
+    alone = outputs.clone()
+    for token, delta in enumerate(deltas):
+        delta.kind.change_output(inputs[token][None], alone[token][None], *[block[None] for block in delta.blocks])
+    deltas[0].kind.change_output(inputs, outputs, *_blocks(deltas))
+    torch.testing.assert_close(outputs, alone)
+    assert torch.equal(inputs, given)
+    assert not torch.allclose(outputs, before), "the delta changes nothing"
+
+
+@pytest.mark.parametrize("name", _KINDS)
+def test_rows_of_zeros_change_nothing(name: str) -> None:
+    make, width, height = _KINDS[name]
+    inputs, outputs = torch.randn(3, 1, width), torch.randn(3, 1, height)
+    given = outputs.clone()
+    delta = make()
+    delta.kind.change_output(inputs, outputs, *[torch.zeros_like(block).expand(3, -1, -1) for block in delta.blocks])
+    torch.testing.assert_close(outputs, given, rtol=0, atol=0)
+
+
+def test_a_sparse_update_of_many_tokens_is_applied_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = _sparse()
+    inputs, outputs = torch.randn(1, 9, 10), torch.randn(1, 9, 20)
+    whole = outputs.clone()
+    delta.kind.change_output(inputs, whole, *[block[None] for block in delta.blocks])
+    monkeypatch.setattr(sparse, "_VALUES_AT_ONCE", 13)
+    delta.kind.change_output(inputs, outputs, *[block[None] for block in delta.blocks])
+    assert torch.equal(outputs, whole)

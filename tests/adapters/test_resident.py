@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def _both() -> Adapter:
     return Adapter("both", prefix=EmbeddingPrefix(_random(2, HIDDEN)), deltas=_lora().deltas)
 
 
-ADAPTERS = [_prompt, _prefix, _ia3, _lora, _both]
+ADAPTERS: list[Callable[[], Adapter]] = [_prompt, _prefix, _ia3, _lora, _both]
 
 
 def _place(pool: RowPool, adapter: Adapter, digest: str) -> Resident:
@@ -83,7 +85,7 @@ def test_every_block_comes_back_as_it_was_whoever_lies_beside_it() -> None:
 
 
 @pytest.mark.parametrize("make", ADAPTERS)
-def test_adapters_of_one_shape_have_equal_layouts(make: type[Adapter]) -> None:
+def test_adapters_of_one_shape_have_equal_layouts(make: Callable[[], Adapter]) -> None:
     one, other = Loaded.of(make(), CPU).layout, Loaded.of(make(), CPU).layout
     assert one == other
     assert hash(one) == hash(other)

@@ -18,6 +18,7 @@ from server.engine.protocol import (
     Generate,
     Inspect,
     Inspected,
+    Neighbours,
     Ready,
     StepOutput,
     StepStats,
@@ -57,6 +58,7 @@ class FakeEngine:
         self.requests: Queue[Generate] = Queue()
         self.aborted: Queue[str] = Queue()
         self.inspected: Queue[Inspect] = Queue()
+        self.searched: Queue[Neighbours] = Queue()
         self.on_request: Callable[[Generate], None] | None = None  # answers at once, on the engine's thread
         self._base = base
         self._ours = ours
@@ -114,6 +116,8 @@ class FakeEngine:
                         self.on_request(message)
                 case Abort():
                     self.aborted.put(message.id)
+                case Neighbours():
+                    self.searched.put(message)
                 case Inspect():
                     self.inspected.put(message)
                     self._send(Inspected(id=message.id, facts=FACTS))

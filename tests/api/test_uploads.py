@@ -136,7 +136,7 @@ def test_bad_config(http: httpx.Client, task: str, parts: Parts) -> None:
 
 
 def test_unsupported_method(http: httpx.Client, task: str, parts: Parts) -> None:
-    response = upload(http, task, changed_config(parts, peft_type="LOHA"))
+    response = upload(http, task, changed_config(parts, peft_type="BOFT"))
     assert refused(response) == (400, "unsupported_method")
 
 

@@ -6,6 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from tests.cli.conftest import Medley
 from tests.server_process import ServerProcess, generate, one_line, run_medley
 
@@ -97,6 +100,10 @@ def test_push_refuses_a_folder_that_is_no_adapter_before_it_sends_anything(
     pickled = run_medley("push", "task", str(tmp_path), **nowhere)
     assert pickled.returncode == 1
     assert "safe_serialization=True" in one_line(pickled.stderr)
+    assert "medley convert" in pickled.stderr
+    (tmp_path / "adapter_model.bin").rename(tmp_path / "pytorch_model_head.bin")
+    shutil.copy(adapters["lora"] / "adapter_model.safetensors", tmp_path)
+    assert "pytorch_model_head.bin" in run_medley("push", "task", str(tmp_path), **nowhere).stderr
     assert run_medley("push", "task", str(tmp_path / "absent"), **nowhere).returncode == 2
 
 
@@ -120,3 +127,36 @@ def test_stdin_that_is_not_text_is_refused(medley: Medley, server: ServerProcess
     result = medley("generate", "any", stdin="\udcff")
     assert result.returncode == 1
     assert "UTF-8" in one_line(result.stderr)
+
+
+def test_methods_lists_what_may_be_pushed(medley: Medley, adapters: dict[str, Path]) -> None:
+    header, *rows = medley("methods").stdout.splitlines()
+    assert header.split("\t") == ["method", "mechanism", "checkpoints", "parameters per layer", "cost"]
+    lora = next(row.split("\t") for row in rows if row.startswith("lora\t"))
+    assert lora[1] == "row delta: low rank"
+    assert "PEFT LORA" in lora[2]
+    names = [entry["method"] for entry in json.loads(medley("methods", "--json").stdout)]
+    assert names == [row.split("\t")[0] for row in rows]
+
+
+def test_a_text_prompt_s_folder_is_its_config_alone(medley: Medley, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"medley_method": "text_prompt", "text": "A river. "}')
+    pushed = medley("push", "said-before", str(tmp_path))
+    assert pushed.returncode == 0, pushed.stderr
+    assert one_line(pushed.stdout).startswith("said-before@1, active: text_prompt, ")
+
+
+def test_a_folder_of_many_tasks_is_pushed_as_each_of_them(medley: Medley, tmp_path: Path) -> None:
+    config = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 2, "num_tasks": 2, "num_ranks": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        "prompt_embeddings": torch.ones(2, 32),
+        "prefix_task_cols": torch.ones(2, 2, 1),
+        "prefix_task_rows": torch.ones(2, 1, 32),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    pushed = medley("push", "several", str(tmp_path), "--description", "one of two")
+    assert pushed.returncode == 0, pushed.stderr
+    assert [line.split(",")[0] for line in pushed.stdout.splitlines()] == ["several:0@1", "several:1@1"]
+    for index in range(2):
+        assert json.loads(medley("show", f"several:{index}", "--json").stdout)["description"] == "one of two"

@@ -7,8 +7,10 @@ precede its user's, and those that are embeddings run under the whole stack.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,8 +49,8 @@ def slow_generate(model: PreTrainedModel, folders: list[Path], prompt: list[int]
     return Alone(tokens, logprobs, near_tie)
 
 
-def _config(folder: Path) -> dict[str, str]:
-    config: dict[str, str] = json.loads((folder / "adapter_config.json").read_text())
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return config
 
 
@@ -68,17 +70,39 @@ def _append(model: PreTrainedModel, flat: Tensor, cache: DynamicCache) -> None:
         cache.update(entries[2 * layer][None], entries[2 * layer + 1][None], layer)
 
 
-def _change_modules(model: PreTrainedModel, config: dict[str, str], tensors: dict[str, Tensor]) -> None:
+def _change_modules(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     for name, module in model.named_modules():
         key = f"{_PREFIX}{name}"
-        if f"{key}.lora_A.weight" in tensors:
-            scaling = float(config["lora_alpha"]) / float(config["r"])
-            update = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"] * scaling
+        update = _update(config, tensors, key, getattr(module, "in_features", 0))
+        if f"{key}.lora_magnitude_vector" in tensors:  # of a base without biases
+            assert update is not None, "DoRA has an update"
+            whole = module.get_parameter("weight") + update
+            scale = tensors[f"{key}.lora_magnitude_vector"] / whole.norm(dim=1)
+            module.forward = _with_scale(_with_update(module.forward, update), scale, is_input=False)
+        elif update is not None:
             module.forward = _with_update(module.forward, update)
         elif f"{key}.ia3_l" in tensors:
             scale = tensors[f"{key}.ia3_l"]
             is_input = scale.shape[0] == 1
             module.forward = _with_scale(module.forward, scale.flatten(), is_input)
+
+
+def _update(config: dict[str, Any], tensors: dict[str, Tensor], key: str, inputs: int) -> Tensor | None:
+    """What a low-rank method adds to the weight `[out, inputs]` of a module; None where it adds nothing."""
+    own = {name.removeprefix(f"{key}."): tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+    match config["peft_type"]:
+        case "LORA" if "lora_A.weight" in own:
+            divisor = math.sqrt(config["r"]) if config["use_rslora"] else float(config["r"])
+            return own["lora_B.weight"] @ own["lora_A.weight"] * (float(config["lora_alpha"]) / divisor)
+        case "ADALORA" if "lora_A" in own:
+            scaling = float(config["lora_alpha"]) / (float(config["init_r"]) + 1e-5)
+            return own["lora_B"] @ (own["lora_A"] * own["lora_E"]) * scaling
+        case "VERA" if "vera_lambda_d" in own:
+            inner, outer = own["vera_lambda_d"], own["vera_lambda_b"]
+            down, up = tensors["base_model.vera_A"][:, :inputs], tensors["base_model.vera_B"][: len(outer)]
+            return outer[:, None] * (up @ (inner[:, None] * down))
+        case _:
+            return None
 
 
 def _with_update(inner: Callable[[Tensor], Tensor], update: Tensor) -> Callable[[Tensor], Tensor]:

@@ -101,7 +101,7 @@ class Crowd:
         request = Generate(
             id=str(number),
             prompt=[5] * self.rng.choice([0, 1, 5, 30] if spans else [1, 5, 30]),
-            sampling=Sampling(max_tokens=1, prompt_logprobs=self.rng.random() < 0.2),
+            sampling=Sampling(max_tokens=1, prompt_logprobs_from=self.rng.choice([None, None, None, 0, 3])),
             deadline=0.0,
         )
         return Sequence(request, stack=stack, spans=tuple(spans), block_table=self._pages())

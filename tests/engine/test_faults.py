@@ -97,7 +97,7 @@ def test_a_prompt_scored_without_new_tokens_fails_too_when_it_is_not_finite(
     base: FrozenBase, overflowing: dict[str, Path]
 ) -> None:
     engine = make_engine(base)
-    sampling = greedy(0, prompt_logprobs=True)
+    sampling = greedy(0, prompt_logprobs_from=0)
     outcome = run(engine, [request("bad", [5, 6, 7, 8], sampling, overflowing["lora"])])
     engine.close()
     failed = outcome.results["bad"].failed
@@ -273,7 +273,7 @@ def test_random_workloads_with_aborts_and_tiny_pools_end_everything_once(
                     temperature=rng.choice([0.0, 1.0]),
                     seed=index,
                     ignore_eos=rng.random() < 0.5,
-                    prompt_logprobs=rng.random() < 0.3,
+                    prompt_logprobs_from=rng.choice([None, None, 0, 4]),
                 ),
                 *rng.choice(choices),
             )

@@ -28,7 +28,7 @@ def _finish(world: World, sequence: Sequence, tokens: tuple[int, ...] = ()) -> N
 
 
 def _sequence(name: str, text: tuple[int, ...], stack: tuple[int, ...] = (), *, scored: bool = False) -> Sequence:
-    return Arrival(0, text, 20, Stack(stack), prompt_logprobs=scored).sequence(name)
+    return Arrival(0, text, 20, Stack(stack), scored_from=0 if scored else None).sequence(name)
 
 
 def _computed(schedule: Schedule) -> dict[str, int]:

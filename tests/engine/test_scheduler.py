@@ -73,7 +73,7 @@ _ARRIVALS = st.builds(
     max_tokens=st.integers(0, 12),
     stack=_STACKS.map(Stack),
     aborted_after=st.none() | st.none() | st.integers(0, 20),
-    prompt_logprobs=st.booleans(),
+    scored_from=st.none() | st.integers(0, 25),
     fails=st.sampled_from([False, False, False, True]),
 )
 
@@ -116,7 +116,7 @@ def test_crowds_that_begin_alike_in_pools_too_small_for_them() -> None:
                 prompt=(*[0] * rng.randint(0, 12), *(rng.randint(0, 1) for _ in range(rng.randint(1, 3)))),
                 max_tokens=rng.randint(4, 14),
                 stack=Stack(rng.choice([(), (5,)])),
-                prompt_logprobs=rng.random() < 0.2,
+                scored_from=rng.choice([None, None, None, 0, 3, 9]),
                 fails=rng.random() < 0.1,
             )
             for _ in range(10)
@@ -159,8 +159,8 @@ def test_a_sequence_that_needs_exactly_the_whole_pool_runs_to_its_end() -> None:
     for virtual in ((), (4,), (5,), (8,), (1,), (-4,), (-5,)):
         for prompt in (0, 1, 4, 7):
             for max_tokens in (0, 1, 4, 9):
-                for prompt_logprobs in (False, True):
-                    arrival = Arrival(0, own_text(0, prompt), max_tokens, Stack(virtual), None, prompt_logprobs)
+                for scored_from in (None, 0, 3):
+                    arrival = Arrival(0, own_text(0, prompt), max_tokens, Stack(virtual), None, scored_from)
                     sequence = arrival.sequence("0")
                     if not prompt and not (virtual and virtual[-1] > 0):
                         continue

@@ -34,6 +34,12 @@ STACKS = [
     ("ia3", "prefix"),
     ("lora", "prompt"),
     ("one_prompt", "other_lora"),
+    ("dora", "lora"),
+    ("lora", "dora"),  # what it scales is the task's output
+    ("ia3", "dora"),
+    ("adalora", "vera"),
+    ("vera", "vera"),
+    ("prompt", "vera"),
 ]
 PROMPTS = ([5], [9, 8, 7, 6], [random.Random(1).randrange(3, VOCABULARY) for _ in range(19)])
 

@@ -94,10 +94,10 @@ def test_prompt_log_probabilities_are_those_of_a_full_forward(
     prompts = {"long": PROMPT, "short": PROMPT[:3], "one": PROMPT[:1]}
     model = tiny_base(ARCHITECTURE)
     engine = make_engine(base, num_pages=num_pages, max_batch_tokens=max_batch_tokens, max_seqs=8)
-    sampling = greedy(9, prompt_logprobs=True, logprobs=3)
+    sampling = greedy(9, prompt_logprobs_from=0, logprobs=3)
     others = [request(f"other {index}", PROMPT[:9], greedy(20)) for index in range(4)]
     requests = [request(name, prompt, sampling) for name, prompt in prompts.items()]
-    requests += [request(f"{name} only", prompt, greedy(0, prompt_logprobs=True)) for name, prompt in prompts.items()]
+    requests += [request(f"{name} only", prompt, greedy(0, prompt_logprobs_from=0)) for name, prompt in prompts.items()]
     outcome = run(engine, others + requests)
     engine.close()
     assert (outcome.preemptions > 0) == (num_pages < 100)
@@ -122,7 +122,7 @@ def test_prompt_log_probabilities_are_those_of_a_full_forward(
 
 
 def test_an_empty_prompt_has_no_prompt_log_probabilities(base: FrozenBase, tasks: dict[str, Path]) -> None:
-    results = _run_all(make_engine(base), [request("x", [], greedy(2, prompt_logprobs=True), tasks["prompt"])])
+    results = _run_all(make_engine(base), [request("x", [], greedy(2, prompt_logprobs_from=0), tasks["prompt"])])
     assert not results["x"].prompt_logprobs
     assert len(results["x"].tokens) == 2
 

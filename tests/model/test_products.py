@@ -34,9 +34,9 @@ def _without_bias(dtype: torch.dtype) -> nn.Module:
 
 
 def _transposed(dtype: torch.dtype) -> nn.Module:
-    module = Conv1D(OUT, IN)
-    nn.init.normal_(module.weight)
-    nn.init.normal_(module.bias)
+    module: nn.Module = Conv1D(OUT, IN)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
     return module.to(dtype)
 
 

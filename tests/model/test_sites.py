@@ -109,8 +109,9 @@ def _linear() -> nn.Module:
 
 
 def _transposed() -> nn.Module:
-    module = Conv1D(OUT, IN)
-    nn.init.normal_(module.bias)
+    module: nn.Module = Conv1D(OUT, IN)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
     return module
 
 

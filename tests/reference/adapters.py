@@ -7,15 +7,27 @@ from pathlib import Path
 
 import torch
 from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    CartridgeConfig,
+    CPTConfig,
     IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
 )
 from transformers import PreTrainedModel
+
+from tests.reference.bases import VOCABULARY
 
 CAUSAL = "CAUSAL_LM"
 
@@ -33,6 +45,10 @@ _MODULES: dict[str, tuple[list[str], str]] = {
 }
 
 
+_LLAMA_LIKE = ("llama", "mistral")  # that PEFT's LLaMA-Adapter takes, and that it treats alike
+_NORMS = r".*(norm|\.ln_[12f])"
+
+
 def configs(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
     """Every method, as it is configured for an architecture."""
     modules, feedforward = _MODULES[architecture]
@@ -44,6 +60,8 @@ def configs(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
         "projected_prefix": lambda: PrefixTuningConfig(
             task_type=CAUSAL, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=24
         ),
+        "cartridge": lambda: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=4, num_frozen_tokens=1),
+        "cpt": lambda: CPTConfig(task_type=CAUSAL, cpt_token_ids=[5, 3, 9], cpt_tokens_type_mask=[1, 2, 3]),
         "ia3": lambda: IA3Config(
             task_type=CAUSAL, target_modules=[*modules, feedforward], feedforward_modules=[feedforward]
         ),
@@ -60,7 +78,95 @@ def configs(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
         "lora_one_layer": lambda: LoraConfig(
             task_type=CAUSAL, r=2, lora_alpha=9, target_modules=[feedforward], layers_to_transform=[1]
         ),
+        **_low_rank(architecture),
+        **_of_the_embedding(architecture),
+        "ln_tuning": lambda: LNTuningConfig(task_type=CAUSAL, target_modules=_NORMS),
+        **({"adaption_prompt": _adaption_prompt} if architecture in _LLAMA_LIKE else {}),
     }
+
+
+# The first targeted module of each layer, for the architectures that the whole low-rank family is tested with.
+_RANKED = {
+    "llama": "model.layers.{}.self_attn.q_proj",
+    "gpt2": "transformer.h.{}.attn.c_attn",
+    "opt": "model.decoder.layers.{}.self_attn.q_proj",
+    "qwen2": "model.layers.{}.self_attn.q_proj",
+}
+
+
+_EMBEDDINGS = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gpt2": "wte"}
+_TRAINED_TOKENS = [0, *range(3, VOCABULARY, 2)]  # so many that every prompt and answer has some
+
+
+def _low_rank(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
+    """LoRA's variants and relatives."""
+    if architecture not in _RANKED:
+        return {}
+    modules, feedforward = _MODULES[architecture]
+    targets = [*modules, feedforward]
+    ranks = [[True, False, True, True], [False] * 4]
+    pattern = {f"{_RANKED[architecture].format(layer)}.lora_E": left for layer, left in enumerate(ranks)}
+    cases: dict[str, Callable[[], PeftConfig]] = {
+        "dora": lambda: LoraConfig(
+            task_type=CAUSAL, r=3, target_modules=targets, use_dora=True, use_rslora=True, bias="lora_only"
+        ),
+        "lora_biases": lambda: LoraConfig(task_type=CAUSAL, r=2, target_modules=targets, lora_bias=True, bias="all"),
+        "adalora": lambda: AdaLoraConfig(
+            task_type=CAUSAL,
+            init_r=4,
+            lora_alpha=9,
+            target_modules=targets,
+            total_step=10,
+            rank_pattern=pattern,
+            bias="lora_only",
+        ),
+        "vera": lambda: VeraConfig(task_type=CAUSAL, r=7, target_modules=targets),
+        "vera_drawn": lambda: VeraConfig(
+            task_type=CAUSAL, r=5, target_modules=targets, save_projection=False, projection_prng_key=3
+        ),
+    }
+    if architecture != "gpt2":  # PEFT has them for nn.Linear only
+        cases["loha"] = lambda: LoHaConfig(
+            task_type=CAUSAL, r=4, alpha=3, target_modules=targets, rank_pattern={feedforward: 7}
+        )
+        cases["miss"] = lambda: MissConfig(task_type=CAUSAL, r=5, target_modules=targets)
+        cases["mini_miss"] = lambda: MissConfig(
+            task_type=CAUSAL, r=4, mini_r=8, init_weights="mini", target_modules=[modules[0], feedforward]
+        )
+        cases["lokr"] = lambda: LoKrConfig(
+            task_type=CAUSAL,
+            r=2,
+            target_modules=targets,
+            decompose_both=True,
+            rank_pattern={feedforward: 8},
+            alpha_pattern={modules[0]: 3},
+        )
+    return cases
+
+
+def _of_the_embedding(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
+    """Low rank and single rows. Llama's output layer has a weight of its own, the others' is the embedding's."""
+    if architecture not in _EMBEDDINGS:
+        return {}
+    embedding, module = _EMBEDDINGS[architecture], _MODULES[architecture][0][0]
+    return {
+        "lora_embedding": lambda: LoraConfig(
+            task_type=CAUSAL,
+            r=5,
+            lora_alpha=7,
+            target_modules=[module, embedding],
+            rank_pattern={embedding: 3},
+            use_rslora=True,
+        ),
+        "lora_tokens": lambda: LoraConfig(
+            task_type=CAUSAL, r=2, target_modules=[module], trainable_token_indices=_TRAINED_TOKENS
+        ),
+        "trainable_tokens": lambda: TrainableTokensConfig(task_type=CAUSAL, token_indices=_TRAINED_TOKENS[::-1]),
+    }
+
+
+def _adaption_prompt() -> PeftConfig:
+    return AdaptionPromptConfig(task_type=CAUSAL, adapter_len=5, adapter_layers=1)
 
 
 def save_adapter(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: int) -> None:
@@ -72,7 +178,7 @@ def save_adapter(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: 
             if parameter.requires_grad:
                 _spread(name, parameter)
     model.save_pretrained(folder, save_embedding_layers=False)
-    if not config.is_prompt_learning:
+    if not (config.is_prompt_learning or config.is_adaption_prompt):  # PEFT cannot take the latter off again
         model.unload()
 
 
@@ -80,6 +186,10 @@ def _spread(name: str, parameter: torch.Tensor) -> None:
     """Values of the order that training gives."""
     if "ia3_l" in name:
         parameter.normal_(mean=1.0, std=0.4)
+    elif "magnitude" in name:
+        parameter.mul_(torch.empty_like(parameter).normal_(mean=1.0, std=0.4))
+    elif "lora_E" in name:
+        parameter.normal_()
     elif "lora_" in name:
         parameter.normal_(std=0.25)
     else:

@@ -39,7 +39,7 @@ async def complete(body: CompletionBody, request: Request, services: TheServices
             target.settings.defaults,
             base.facts,
             logprobs=body.logprobs,
-            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            prompt_logprobs_from=0 if body.echo and body.logprobs is not None else None,
         )
         prompts = [await _prompt(base, prompt) for prompt in body.prompt]
         generation = Generation(

@@ -75,6 +75,13 @@ TASK = {
     "updated": 1767225600.0,
     "last_used": 1767225900.0,
 }
+METHOD = {
+    "method": "lora",
+    "mechanism": "row delta: low rank",
+    "formats": ["PEFT LORA"],
+    "parameters_per_layer": "r·(in + out) for each targeted module",
+    "cost": "two thin matrix products at each targeted module",
+}
 ERROR = {
     "error": {
         "message": "there is no task 'sentimant'",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import uuid
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response
 
 from adapters_store import Version, VersionCorrupt
 from server.api.answers import json_response
+from server.api.disconnect import while_connected
 from server.api.errors import request_error_of
-from server.api.publish import check_staged, check_task_name, publish_staged
+from server.api.publish import check_staged, check_task_name, publish_staged, task_names
+from server.api.resolve import adapter_of, check_servable
 from server.api.routes import examples
 from server.api.routes.dependencies import TheServices
 from server.api.services import ServedBase, Services
 from server.api.uploads import ACCEPTED_FILES, receive_files
+from server.engine.protocol import NeighboursFound
 from server.errors import RequestError
 
 router = APIRouter(tags=["versions"])
@@ -39,6 +43,17 @@ _MULTIPART = {
 }
 
 
+_NEIGHBOURS = {
+    "task": "sentiment",
+    "version": 1,
+    "method": "prompt_tuning",
+    "virtual_tokens": [
+        {"norm": 1.9, "neighbours": [{"token_id": 812, "token": " review", "similarity": 0.61, "norm": 1.4}]}
+    ],
+    "layers": [],
+}
+
+
 @router.post(
     "/v1/tasks/{task}/versions",
     status_code=201,
@@ -55,8 +70,12 @@ _MULTIPART = {
 async def upload(
     task: str, request: Request, services: TheServices, activate: bool = True, dry_run: bool = False
 ) -> Response:
-    """The files of a PEFT folder become a version of the task, which is created if new. With `dry_run` everything is
-    checked and nothing kept."""
+    """The files of an adapter's folder become a version of the task, which is created if new. With `dry_run` everything
+    is checked and nothing kept.
+
+    A checkpoint of N tasks (multitask prompt tuning) becomes a version of each of the tasks `{task}:0` … `{task}:N-1`;
+    the answer is the first one's with all of them in `tasks`.
+    """
     try:
         response = await _receive(services, task, request, activate=activate, dry_run=dry_run)
     except RequestError as error:
@@ -108,6 +127,48 @@ async def get_file(task: str, number: int, name: str, services: TheServices) -> 
     return FileResponse(services.blobs.path(record.sha256), media_type="application/octet-stream", filename=name)
 
 
+@router.get(
+    "/v1/tasks/{task}/versions/{number}/neighbours",
+    summary="Show what virtual tokens are near to",
+    responses=examples.answers(_NEIGHBOURS),
+)
+async def get_neighbours(
+    task: str, number: int, request: Request, services: TheServices, k: Annotated[int, Query(ge=1, le=100)] = 5
+) -> Response:
+    """Of a soft prompt: each virtual token's norm and the `k` nearest tokens of the vocabulary by cosine. Of a prefix:
+    its keys' and values' norms in each layer. Other methods have no virtual tokens."""
+    base = services.require_base()
+    version = await services.index.get_version(task, number)
+    check_servable(version, base, "number")
+    search = base.engine.neighbours(uuid.uuid4().hex, adapter_of(version), k)
+    found = await while_connected(request.receive, search)
+    document = {"task": version.task, "version": version.number, "method": version.method}
+    return json_response({**document, **_neighbours_json(found, base)})
+
+
+def _neighbours_json(found: NeighboursFound, base: ServedBase) -> dict[str, Any]:
+    """One of the two lists is empty: which, the method says."""
+    text = (lambda token_id: None) if base.tokenizer is None else base.tokenizer.token_text
+    return {
+        "virtual_tokens": [
+            {
+                "norm": token.norm,
+                "neighbours": [
+                    {
+                        "token_id": near.token_id,
+                        "token": text(near.token_id),
+                        "similarity": near.similarity,
+                        "norm": near.norm,
+                    }
+                    for near in token.nearest
+                ],
+            }
+            for token in found.tokens
+        ],
+        "layers": [{"key_norms": layer.keys, "value_norms": layer.values} for layer in found.layers],
+    }
+
+
 def version_json(version: Version, base: ServedBase, *, is_active: bool) -> dict[str, Any]:
     """A version; `servable` says whether it was made for this server's base."""
     return {
@@ -138,7 +199,7 @@ async def _receive(services: Services, task: str, request: Request, *, activate:
         await receive_files(content_type, request.stream(), folder, services.settings.max_upload_bytes)
         if dry_run:
             checked = await check_staged(services, folder)
-            document = {
+            document: dict[str, Any] = {
                 "task": task,
                 "version": None,
                 "digest": checked.digest,
@@ -149,7 +210,15 @@ async def _receive(services: Services, task: str, request: Request, *, activate:
                 "warnings": checked.warnings,
                 "dry_run": True,
             }
+            if checked.facts.tasks is not None:
+                document["tasks"] = task_names(services, task, checked.facts)
             return json_response(document)
-        version, is_new = await publish_staged(services, task, folder, activate=activate)
-    is_active = (await services.index.get_task(task)).active == version.number
-    return json_response(version_json(version, base, is_active=is_active), 201 if is_new else 200)
+        published = await publish_staged(services, task, folder, activate=activate)
+    documents = []
+    for version, _ in published:
+        is_active = (await services.index.get_task(version.task)).active == version.number
+        documents.append(version_json(version, base, is_active=is_active))
+    document = documents[0]
+    if document["task"] != task:  # a checkpoint of several tasks
+        document = {**document, "tasks": documents}
+    return json_response(document, 201 if any(is_new for _, is_new in published) else 200)

@@ -1,0 +1,137 @@
+"""A GPU: decode beside its bandwidth, prefill beside its matrix products, mixed tasks beside the base alone.
+
+The base is a random Llama of a published shape, made on the device in bfloat16. Both limits are measured in the same
+run: the bandwidth by a copy (bytes read and written), the matrix products by one of 8192 × 8192 × 8192. A decode step
+must read every weight but the input embedding's and every key and value of its rows; a prefill step must do two
+operations per weight of the layers and token, and those of causal attention.
+
+Without CUDA there is nothing to measure; `--quick --device cpu` only shows that the benchmark runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, alternate, machine, ratio
+from benchmarks.gpu_base import SHAPES, bandwidth, decode_bytes, prefill_operations, product_rate, random_llama
+from benchmarks.gpu_engine import MEASURED_STEPS, WARM_STEPS, Bench, own_rate, peers
+from benchmarks.inprocess import prepare
+from server.model import FrozenBase
+
+DECODE, PREFILL = Target(0.70), Target(0.55)
+KINDS = {"prompt": Target(0.95), "prefix": Target(0.95), "ia3": Target(0.95), "lora": Target(0.90)}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def compare(size: str, device: torch.device, rounds: int) -> Report:
+    """Measure everything that fits the device."""
+    shape = SHAPES[size]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    facts = _machine(device)
+    rates = bandwidth(device), product_rate(device, dtype)
+    model = random_llama(shape, device, dtype)
+    rows, context = min(32, max(shape.rows)), shape.contexts[0]
+    theirs = list(peers(model, shape, rows, context))  # before the base is wrapped
+    base = FrozenBase(model)
+    bench = Bench(shape, base)
+    decoded = _decode_table(bench, rates[0])
+    prefilled = prefill_operations(shape, base) / bench.prefill(random.Random(1), 4) / rates[1]
+    work = [("Medley", own_rate(bench, rows, context)), *theirs]
+    tables = [
+        Table(
+            "Decode",
+            ("rows × context", "ms a step", "of the bandwidth limit"),
+            [(name, f"{1e3 * each:.3f}", f"{share:.3f}") for name, each, share in decoded],
+        ),
+        Table(
+            f"{rows} prompts of {context} tokens, {WARM_STEPS + MEASURED_STEPS} new ones each",
+            ("system", "output tokens/s"),
+            [(name, rate if isinstance(rate, str) else f"{rate:.0f}") for name, rate in work],
+        ),
+    ]
+    figures = [
+        Figure("decode ÷ bandwidth limit, the worst", min(share for _, _, share in decoded), target=DECODE),
+        Figure("prefill ÷ matrix-product limit", prefilled, target=PREFILL),
+        *_mixed(bench, rounds),
+    ]
+    notes = [
+        f"attention: {bench.attention}",
+        f"copy {rates[0] / 1e12:.2f} TB/s, product {rates[1] / 1e12:.0f} TFLOP/s",
+    ]
+    return Report("gpu", f"{size} in {dtype}".replace("torch.", ""), figures, facts, tables, notes)
+
+
+def _decode_table(bench: Bench, rate: float) -> list[tuple[str, float, float]]:
+    """(what, seconds of a step, share of the limit) of each number of rows and context that fits."""
+    lines: list[tuple[str, float, float]] = []
+    for context, rows in itertools.product(bench.shape.contexts, bench.shape.rows):
+        if not bench.fits(rows, context):
+            continue
+        engine = bench.engine(rows, 2 * context + 128)
+        decoded = bench.decode(engine, random.Random(2), rows, context)
+        engine.close()
+        limit = decode_bytes(bench.base, decoded.context) / rate
+        lines.append((f"{rows} × {context}", decoded.seconds, limit / decoded.seconds))
+    return lines
+
+
+def _mixed(bench: Bench, rounds: int) -> list[Figure]:
+    """Steps of as many rows as there are tasks, each row its own task, beside the base alone."""
+    shape = bench.shape
+    rows, context = shape.tasks, shape.contexts[0]
+    engine = bench.engine(rows, 2 * context + 128)
+
+    def measure(kinds: Sequence[str]) -> Callable[[random.Random], float]:
+        return lambda rng: bench.decode(engine, rng, rows, context, kinds).seconds
+
+    cases = [Case("base", measure(()))]
+    cases += [Case(kind, measure((kind,))) for kind in KINDS]
+    cases.append(Case("all four", measure(tuple(KINDS))))
+    measured = alternate(cases, rounds)
+    engine.close()
+    targets = {**KINDS, "all four": KINDS["lora"]}
+    return [
+        Figure(f"{rows} tasks, {name} ÷ base only", ratio(measured["base"], measured[name]), target=target)
+        for name, target in targets.items()
+    ]
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    facts = machine()
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
+
+
+@app.command()
+def main(
+    size: Annotated[str, typer.Option(help=f"base: {', '.join(SHAPES)}")] = "8b",
+    device: Annotated[str, typer.Option(help="cuda; cpu only with --quick")] = "cuda",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    save: Save = False,
+) -> None:
+    """A GPU's share of its own limits, and what mixing costs on it."""
+    if size not in SHAPES:
+        raise typer.BadParameter(f"use one of {', '.join(SHAPES)}")
+    if device == "cpu" and not quick:
+        raise typer.BadParameter("figures are of a GPU; on a CPU only --quick runs")
+    if device != "cpu" and not torch.cuda.is_available():
+        print("no figures: torch finds no CUDA device")
+        sys.exit(1)
+    if quick:
+        size, rounds = "tiny", 1
+    prepare(None)
+    compare(size, torch.device(device), rounds).finish(save)
+
+
+if __name__ == "__main__":
+    app()

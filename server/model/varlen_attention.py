@@ -1,0 +1,207 @@
+"""Attention by a CUDA kernel that reads the pages where they are: torch's variable-length attention.
+
+One call per layer for rows of one token and chunks of prompts alike. Not every torch has it, not every build takes
+block tables (FlashAttention 3, once activated by `torch.nn.attention.activate_flash_attention_impl`, does; what torch's
+own wheels have built in may not), some want pages of 256 tokens, and none does all that a class may ask for. So nothing
+is read off version numbers: `find_kernel` calls it on random pages of this base's shapes and compares its answers with
+those of the gathered attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup, PrefillRow, VarlenRows
+from server.model.base import FrozenBase
+from server.model.gathered_attention import PagedAttention
+from server.model.kv_cache import KVCache, LayerShape, index_tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenRows, float | None, tuple[int, int]], Tensor]
+"""(query `[num_tokens, heads, head_dim]`, keys and values `[pages, page_size, kv_heads, head_dim]`, rows, factor on the
+scores or None for 1/√head_dim, positions that a token sees to its left and right, -1 for all) → as the query."""
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_TOLERANCE = 2e-2  # both sides round to 8 bits (bfloat16) and add in another order
+_TRIAL_ROWS = ((1, 40), (1, 3), (7, 7), (5, 29))  # (tokens, context) of each; on pages of 16 several pages of some
+
+
+class UnsupportedOptionsError(Exception):
+    """A kernel was found for a class that has since asked for what it does not do."""
+
+
+@dataclass
+class VarlenAttention:
+    """One step's attention over a KV cache, all rows in one call."""
+
+    cache: KVCache
+    plan: AttentionPlan  # with `varlen`
+    kernel: Kernel
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `Attention`."""
+        if not _is_plain(options):
+            raise UnsupportedOptionsError(f"layer {layer} asks for {options}")
+        rows = self.plan.varlen
+        assert rows is not None, "the plan is made for this attention"
+        self.plan.store(self.cache, layer, key, value)
+        keys, values = self.cache.layers[layer]
+        return self.kernel(query, keys, values, rows, options.scaling, _window(options, rows))
+
+
+def _is_plain(options: AttentionOptions) -> bool:
+    return options.softcap is None and options.sinks is None
+
+
+def _window(options: AttentionOptions, rows: VarlenRows) -> tuple[int, int]:
+    """A row's tokens are at the end of its context, so the only token of a row has nothing to its right: saying so lets
+    the kernel take the query heads of a KV head together and split long contexts."""
+    if options.sliding_window is not None:
+        return options.sliding_window - 1, 0  # the kernel does not count the token itself
+    return (-1, -1) if rows.most_tokens == 1 else (-1, 0)
+
+
+def find_kernel(base: FrozenBase, page_size: int) -> tuple[Kernel | None, str]:
+    """A kernel that serves this base on pages of this size, or None, and in words which or why not."""
+    if base.device.type != "cuda":
+        return None, "no CUDA device"
+    if base.dtype not in _DTYPES:
+        return None, f"torch's kernels do not take {base.dtype}"
+    calls = _calls(base)
+    if not all(_is_plain(call.options) for call in calls):
+        return None, "this class has sinks or a cap on its scores"
+    reason = "this torch has no torch.nn.attention.varlen.varlen_attn with a block table"
+    for kernel in _kernels():
+        try:
+            worst = max(_trial(call, kernel, page_size, base.dtype, base.device) for call in set(calls))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            reason = f"varlen_attn refuses pages of {page_size} tokens: {error}".partition("\n")[0]
+            continue
+        if worst <= _TOLERANCE:
+            return kernel, "varlen_attn over pages"
+        reason = f"varlen_attn over pages is off by {worst:.2g}"
+    return None, reason
+
+
+def _kernels() -> Iterator[Kernel]:
+    """torch's attention, called in the ways in which one build or another takes it."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+    if {"block_table", "seqused_k", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        # FlashAttention 3 wants no cumulative key lengths beside a block table, 2 wants some, which it does not use
+        yield partial(_torch_kernel, varlen_attn, False)
+        yield partial(_torch_kernel, varlen_attn, True)
+
+
+def _torch_kernel(
+    varlen_attn: Callable[..., Tensor],
+    passes_key_starts: bool,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: VarlenRows,
+    scale: float | None,
+    window: tuple[int, int],
+) -> Tensor:
+    return varlen_attn(
+        query,
+        keys,
+        values,
+        rows.starts,
+        rows.starts if passes_key_starts else None,
+        rows.most_tokens,
+        rows.longest,
+        scale=scale,
+        window_size=window,
+        enable_gqa=query.shape[1] != keys.shape[2],
+        seqused_k=rows.lengths,
+        block_table=rows.block_tables,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer asks of attention."""
+
+    heads: int
+    shape: LayerShape
+    options: AttentionOptions
+
+
+def _calls(base: FrozenBase) -> list[_Call]:
+    """Each layer's, from one token's forward."""
+    calls: list[_Call] = []
+
+    class Recorder:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+            calls.append(_Call(query.shape[1], LayerShape(key.shape[1], key.shape[2]), options))
+            return torch.zeros_like(query)
+
+    token = torch.zeros(1, dtype=torch.long, device=base.device)
+    base.forward(base.embed(token), token, Recorder(), {}, token)
+    return calls
+
+
+@torch.inference_mode()
+def _trial(call: _Call, kernel: Kernel, page_size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference between the kernel and the gathered attention, relative to the largest value."""
+    generator = torch.Generator().manual_seed(0)
+    pages = [-(-length // page_size) for _, length in _TRIAL_ROWS]
+    order = (torch.randperm(sum(pages), generator=generator) + 1).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in pages]
+    cache = KVCache([call.shape], sum(pages) + 1, page_size, dtype=dtype, device=device)
+    cache.layers[0].copy_(torch.randn(cache.layers[0].shape, generator=generator))
+    cache.zero([0])
+    worst = 0.0
+    for rows in ((0, 1), (0, 1, 2, 3)):  # rows of one token alone, which the kernel may treat apart, and all kinds
+        num_tokens = sum(_TRIAL_ROWS[row][0] for row in rows)
+        query = torch.randn(num_tokens, call.heads, call.shape.head_dim, generator=generator).to(device, dtype)
+        key, value = torch.randn(2, num_tokens, *call.shape, generator=generator).to(device, dtype)
+        varlen, gathered = trial_plans([_TRIAL_ROWS[row] for row in rows], [tables[row] for row in rows], cache)
+        actual = VarlenAttention(cache, varlen, kernel).attend(0, query, key, value, call.options)
+        expected = PagedAttention(cache, gathered).attend(0, query, key, value, call.options)
+        difference = (actual - expected).float().abs().max() / expected.float().abs().max()
+        worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
+    return worst
+
+
+def trial_plans(
+    rows: list[tuple[int, int]], tables: list[list[int]], cache: KVCache
+) -> tuple[AttentionPlan, AttentionPlan]:
+    """The same rows `(tokens, context)` with their pages, planned for a kernel and for the gathered attention."""
+    device, size = cache.layers[0].device, cache.page_size
+    starts = [0]
+    slots: list[int] = []
+    decode: list[int] = []
+    groups: list[DecodeGroup] = []
+    prefill: list[PrefillRow] = []
+    for (count, length), pages in zip(rows, tables, strict=True):
+        slots += [pages[at // size] * size + at % size for at in range(length - count, length)]
+        if count == 1:
+            lengths = index_tensor([length], device)
+            groups.append(DecodeGroup(len(decode), len(decode) + 1, index_tensor([pages], device), lengths))
+            decode.append(starts[-1])
+        else:
+            prefill.append(PrefillRow(starts[-1], starts[-1] + count, index_tensor(pages, device), length))
+        starts.append(starts[-1] + count)
+    widest = max(map(len, tables))
+    varlen = VarlenRows(
+        index_tensor(starts, device, bits=32),
+        index_tensor([length for _, length in rows], device, bits=32),
+        index_tensor([pages + [0] * (widest - len(pages)) for pages in tables], device, bits=32),
+        max(count for count, _ in rows),
+        max(length for _, length in rows),
+    )
+    written, none = index_tensor(slots, device), index_tensor([], device)
+    return (
+        AttentionPlan(written, None, none, [], [], varlen),
+        AttentionPlan(written, None, index_tensor(decode, device), groups, prefill),
+    )

@@ -1,0 +1,174 @@
+"""`medley evaluate`: its figures against the server's own answers, one by one; and `show --neighbours`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+
+from server.cli.evaluate import compare
+from tests.cli.conftest import Medley
+from tests.server_process import PATIENCE_SECONDS, ServerProcess, generate, one_line, run_medley, upload
+
+INPUTS = ["The food", "A river", "good price and", "near the station", "an average", "low", "emoji", "serves"]
+
+
+@pytest.fixture(scope="module")
+def task(server: ServerProcess, adapters: dict[str, Path]) -> str:
+    assert upload(server.url, "judged", adapters["prompt"]).status_code == 201
+    return "judged"
+
+
+def _lines(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"input": given, "output": output}) + "\n" for given, output in pairs))
+    return str(path)
+
+
+def _score(server: ServerProcess, task: str, **body: Any) -> Any:
+    response = httpx.post(f"{server.url}/v1/tasks/{task}/score", json=body, timeout=PATIENCE_SECONDS)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_accuracy_is_the_share_of_lines_whose_choice_scores_best(
+    medley: Medley, server: ServerProcess, task: str, tmp_path: Path
+) -> None:
+    choices = [" good", " low", " average"]
+    best = [_score(server, task, input=given, choices=choices)["best"] for given in INPUTS]
+    wrong = [(index + 1) % 3 if at < 3 else index for at, index in enumerate(best)]
+    data = _lines(
+        tmp_path / "data.jsonl", [(given, choices[at].strip()) for given, at in zip(INPUTS, wrong, strict=True)]
+    )
+    options = [option for choice in choices for option in ("--choices", choice)]
+    result = medley("evaluate", task, data, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "task": task,
+        "versions": [1],
+        "examples": 8,
+        "metrics": {"accuracy": pytest.approx(5 / 8)},
+    }
+    table = medley("evaluate", task, data, *options, "--limit", "3", "--concurrency", "2")
+    assert table.stdout.splitlines() == ["metric\tvalue", "accuracy\t0.0000", "examples\t3"]
+    labels = {"labels": {"yes": " good", "no": " low", "so": " average"}}
+    httpx.put(f"{server.url}/v1/tasks/{task}", json=labels, timeout=PATIENCE_SECONDS).raise_for_status()
+    named = _lines(
+        tmp_path / "named.jsonl", [(given, ["yes", "no", "so"][at]) for given, at in zip(INPUTS, best, strict=True)]
+    )
+    by_labels = medley("evaluate", task, named, "--json")
+    httpx.put(f"{server.url}/v1/tasks/{task}", json={"labels": None}, timeout=PATIENCE_SECONDS).raise_for_status()
+    assert json.loads(by_labels.stdout)["metrics"] == {"accuracy": 1.0}
+
+
+def test_without_choices_it_generates_and_compares(
+    medley: Medley, server: ServerProcess, task: str, tmp_path: Path
+) -> None:
+    outputs = [generate(server.url, task, input=given, max_tokens=6).json()["output"] for given in INPUTS]
+    pairs = [
+        (given, output if at % 2 else "something else")
+        for at, (given, output) in enumerate(zip(INPUTS, outputs, strict=True))
+    ]
+    data = _lines(tmp_path / "data.jsonl", pairs)
+    expected = compare(outputs, [output for _, output in pairs], None)
+    result = medley("evaluate", task, data, "--max-tokens", "6", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["metrics"] == {name: pytest.approx(value) for name, value in expected.items()}
+    alone = medley("evaluate", task, data, "--max-tokens", "6", "--metric", "exact_match", "--json")
+    assert json.loads(alone.stdout)["metrics"] == {"exact_match": expected["exact_match"]}
+
+
+def test_metrics_of_known_texts() -> None:
+    same = compare(["the cat sat on the mat"], [" the cat sat on the mat\n"], None)
+    assert same == {"exact_match": 1.0, "bleu": pytest.approx(100), "rougeL": pytest.approx(1)}
+    other = compare(["the cat sat on the mat", "a"], ["the cat on the mat sat", "b"], None)
+    assert other["exact_match"] == 0
+    assert 0 < other["bleu"] < 100
+    assert other["rougeL"] == pytest.approx((5 / 6 + 0) / 2)  # five of six words in order; none of one
+    assert compare(["a"], ["a"], "rouge") == {"rougeL": pytest.approx(1)}
+
+
+def test_300_choices_in_one_call(server: ServerProcess, task: str) -> None:
+    choices = [f" {first}{second}" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmno"]
+    answer = _score(server, task, input=" ".join(INPUTS), choices=choices)
+    assert [choice["text"] for choice in answer["choices"]] == choices
+    for at in (0, 17, 299):
+        alone = _score(server, task, input=" ".join(INPUTS), choices=[choices[at]])["choices"][0]
+        assert answer["choices"][at] == {**alone, "logprob": pytest.approx(alone["logprob"], abs=1e-3)}
+
+
+def test_what_cannot_be_measured_is_one_line(medley: Medley, task: str, tmp_path: Path) -> None:
+    data = _lines(tmp_path / "data.jsonl", [("a", "b"), ("c", "d")])
+    for arguments, words in (
+        (("--metric", "accuracy"), "--choices"),
+        (("--choices", "b", "--choices", "x"), "line 2: the output 'd' is none of the choices: b, x"),
+        (("--user", ""), "(invalid_request)"),
+    ):
+        result = medley("evaluate", task, data, *arguments)
+        assert result.returncode == 1, arguments
+        assert words in one_line(result.stderr)
+    assert medley("evaluate", task, data, "--metric", "bleu", "--choices", "b").returncode == 2
+    assert medley("evaluate", task, str(tmp_path / "absent")).returncode == 2
+    assert "task_not_found" in one_line(medley("evaluate", "nobody", data).stderr)
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """Answers each input only when it is asked the second time."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked[body["input"]] += 1
+        is_first = self.asked[body["input"]] == 1
+        answer = {"error": {}} if is_first else {"output": body["input"], "medley": {"version": 2}}
+        content = json.dumps(answer).encode()
+        self.send_response(429 if is_first else 200)
+        if is_first:
+            self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Not to stderr."""
+
+
+@pytest.fixture
+def busy() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Busy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_full_server_is_asked_again_when_it_says(busy: str, tmp_path: Path) -> None:
+    data = _lines(tmp_path / "data.jsonl", [(given, given) for given in INPUTS])
+    result = run_medley("evaluate", "any", data, "--metric", "exact_match", "--json", "--url", busy)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["metrics"] == {"exact_match": 1.0}
+    assert _Busy.asked == dict.fromkeys(INPUTS, 2)
+
+
+def test_show_neighbours_lists_each_virtual_token(
+    medley: Medley, server: ServerProcess, adapters: dict[str, Path], task: str
+) -> None:
+    header, *rows = medley("show", task, "--neighbours").stdout.splitlines()
+    assert header.split("\t") == ["virtual token", "norm", "nearest tokens (cosine)"]
+    found = json.loads(medley("show", task, "--neighbours", "--json").stdout)["virtual_tokens"]
+    assert len(rows) == len(found) == 5
+    for row, token in zip(rows, found, strict=True):
+        assert row.split("\t")[1] == f"{token['norm']:.3f}"
+        assert row.split("\t")[2].count(" 0.") == 5
+    assert upload(server.url, "no-prompt", adapters["lora"]).status_code == 201
+    refused = medley("show", "no-prompt", "--neighbours")
+    assert refused.returncode == 1
+    assert "(unsupported_method)" in one_line(refused.stderr)
