@@ -1,24 +1,18 @@
-"""A step's batch: the schedule as tensors. Built anew for each step, never edited.
-
-Rows are packed one behind the other, those of one stack beside each other, and those of like layout, so that the
-tokens of an adapter, and of all adapters of one layout, are neighbours where that is possible.
-"""
+"""A step's batch: the schedule as tensors. Built anew for each step, never edited."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, groupby
-from operator import itemgetter
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from server.adapters import Resident, RowPool
-from server.adapters.resident import Layout, SiteBlocks
+from server.adapters import RowPool
+from server.engine.delta_plan import plan_deltas
 from server.engine.graphs import Composition, DecodeRow, GraphInputs
+from server.engine.packing import Placed, place
 from server.engine.prefixes import PrefixRun, unnumbered
 from server.engine.scheduler import Row, Schedule
 from server.engine.sequence import Sequence
@@ -28,8 +22,6 @@ from server.model import (
     DecodeGroup,
     KVCache,
     PrefillRow,
-    Rows,
-    Segment,
     SitePlan,
     VarlenRows,
 )
@@ -38,10 +30,6 @@ from server.model.kv_cache import NULL_PAGE, index_tensor
 # What a decode group gathers of one layer's pages. On a CPU larger copies leave the processor's cache between being
 # written and being read, and cost up to twice as much (measured on two cores with 32 MB of cache).
 _GATHER_BYTES = {"cpu": 4 * 1024**2, "cuda": 256 * 1024**2}
-
-# From so many tokens on an adapter is applied by itself; fewer take their rows out of the pool token by token, all
-# adapters of one layout at once. (Two cores: 8 tokens of one LoRA cost about as much either way.)
-_MANY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -71,21 +59,6 @@ class StepBatch:
     composition: Composition | None = None  # if its inputs are `GraphInputs`, which then make its deltas too
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A row and its place in the packed step and among the logits."""
-
-    row: Row
-    stack: tuple[Resident, ...]
-    start: int
-    logit_start: int
-    logit_stop: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.row.count
-
-
 class BatchBuilder:
     """Builds batches for one base and one cache geometry."""
 
@@ -112,7 +85,7 @@ class BatchBuilder:
 
     def build(self, schedule: Schedule) -> StepBatch:
         """The batch of a schedule with at least one row."""
-        placed = _place(schedule)
+        placed = place(schedule)
         if self._graph_inputs is not None and all(map(_is_decode, placed)):
             padded = self._padded(placed, self._graph_inputs)
             if padded is not None:
@@ -123,9 +96,9 @@ class BatchBuilder:
             positions=self._tensor([at for item in placed for at in _positions(item.row)]),
             embeddings=virtual,
             attention=self._attention(placed, schedule),
-            deltas=self._deltas(placed),
+            deltas=plan_deltas(placed, self._shape, self._pool),
             logit_tokens=self._tensor(
-                [token for item in placed for token in range(item.stop - _num_logits(item), item.stop)]
+                [token for item in placed for token in range(item.stop - item.num_logits, item.stop)]
             ),
             logit_rows=_logit_rows(placed),
             num_virtual=sum(len(given) for _, given in virtual),
@@ -133,7 +106,7 @@ class BatchBuilder:
             num_adapters=_num_adapters(placed),
         )
 
-    def _padded(self, placed: list[_Placed], inputs: GraphInputs) -> StepBatch | None:
+    def _padded(self, placed: list[Placed], inputs: GraphInputs) -> StepBatch | None:
         """A batch of rows of one token, in memory that a graph can refer to; None where it does not fit there."""
         rows = [
             DecodeRow(
@@ -165,11 +138,11 @@ class BatchBuilder:
     def _tensor(self, values: list[int]) -> Tensor:
         return index_tensor(values, self._device)
 
-    def _attention(self, placed: list[_Placed], schedule: Schedule) -> AttentionPlan:
+    def _attention(self, placed: list[Placed], schedule: Schedule) -> AttentionPlan:
         if self._is_varlen:
             return self._varlen_attention(placed, schedule)
         slots: list[int] = []
-        decode: list[tuple[_Placed, list[int]]] = []
+        decode: list[tuple[Placed, list[int]]] = []
         prefill: list[PrefillRow] = []
         for item in placed:
             table = _block_table(item.row)
@@ -192,7 +165,7 @@ class BatchBuilder:
             prefill=prefill,
         )
 
-    def _varlen_attention(self, placed: list[_Placed], schedule: Schedule) -> AttentionPlan:
+    def _varlen_attention(self, placed: list[Placed], schedule: Schedule) -> AttentionPlan:
         tables = [_block_table(item.row)[: -(-item.row.stop // self._page_size)] for item in placed]
         slots = [
             slot
@@ -221,7 +194,7 @@ class BatchBuilder:
         size = self._page_size
         return [table[at // size] * size + at % size for at in range(start, stop)]
 
-    def _shared_tails(self, placed: list[_Placed], schedule: Schedule) -> tuple[list[int], list[int]]:
+    def _shared_tails(self, placed: list[Placed], schedule: Schedule) -> tuple[list[int], list[int]]:
         """A prefix's last, partly filled page is copied before the step; what of it runs in this very step is
         written to the copies as well: (tokens, slots)."""
         tokens: list[int] = []
@@ -236,9 +209,9 @@ class BatchBuilder:
                     slots += self._slots(sequence.block_table, start, stop)
         return tokens, slots
 
-    def _decode_groups(self, rows: list[tuple[_Placed, list[int]]]) -> Iterable[list[tuple[_Placed, list[int]]]]:
+    def _decode_groups(self, rows: list[tuple[Placed, list[int]]]) -> Iterable[list[tuple[Placed, list[int]]]]:
         """Rows of like length together, each group's pages of one layer small enough to stay in the cache."""
-        group: list[tuple[_Placed, list[int]]] = []
+        group: list[tuple[Placed, list[int]]] = []
         for row in sorted(rows, key=lambda row: len(row[1])):
             if group and (len(group) + 1) * len(row[1]) > self._gathered_pages:
                 yield group
@@ -247,7 +220,7 @@ class BatchBuilder:
         if group:
             yield group
 
-    def _decode_group(self, rows: list[tuple[_Placed, list[int]]], start: int) -> DecodeGroup:
+    def _decode_group(self, rows: list[tuple[Placed, list[int]]], start: int) -> DecodeGroup:
         """Rows padded to the longest of them; `start` is the first one's place among all decode rows."""
         return DecodeGroup(
             start=start,
@@ -256,116 +229,20 @@ class BatchBuilder:
             lengths=self._tensor([item.row.stop for item, _ in rows]),
         )
 
-    def _deltas(self, placed: list[_Placed]) -> SitePlan:
-        """At each level of the stacks: adapters with many tokens each by themselves, the others by their layout, all
-        tokens of one layout together with each token's own rows."""
-        depth = max(len(item.stack) for item in placed)
-        plan: dict[str, list[list[Segment]]] = {}
-        for level in range(depth):
-            few: dict[Layout, list[_Run]] = {}
-            for run in _runs(placed, level):
-                if run.tokens.stop - run.tokens.start < _MANY_TOKENS:
-                    few.setdefault(run.resident.layout, []).append(run)
-                else:
-                    self._add(plan, depth, level, [run])
-            for runs in few.values():
-                self._add(plan, depth, level, runs)
-        return plan
 
-    def _add(self, plan: dict[str, list[list[Segment]]], depth: int, level: int, runs: list[_Run]) -> None:
-        """Plan the deltas of runs of one layout."""
-        for at_head in (False, True):
-            spans = [(run.resident, run.logits if at_head else run.tokens) for run in runs]
-            segments = _Segments(self._pool, [(resident, span) for resident, span in spans if span.start < span.stop])
-            for delta in runs[0].resident.layout.deltas:
-                if self._shape.sites[delta.site].is_head == at_head and segments.spans:
-                    levels = plan.setdefault(delta.site, [[] for _ in range(depth)])
-                    levels[level].append(segments.segment(delta))
-
-
-class _Run(NamedTuple):
-    """Neighbouring rows of a step that have the same adapter at a level of their stacks."""
-
-    resident: Resident
-    tokens: slice
-    logits: slice
-
-
-class _Segments:
-    """Makes the segments of tokens whose adapters have one layout, at all its sites."""
-
-    def __init__(self, pool: RowPool, spans: list[tuple[Resident, slice]]) -> None:
-        """`spans` are in the order of their tokens."""
-        self.spans = spans
-        self._pool = pool
-        self._firsts: dict[int, Tensor] = {}
-
-    @cached_property
-    def _tokens(self) -> slice | Tensor:
-        """All tokens, as a slice where they are neighbours."""
-        starts, stops = [span.start for _, span in self.spans], [span.stop for _, span in self.spans]
-        if starts[1:] == stops[:-1]:
-            return slice(starts[0], stops[-1])
-        indices = [token for _, span in self.spans for token in range(span.start, span.stop)]
-        return index_tensor(indices, self._pool.device)
-
-    def segment(self, delta: SiteBlocks) -> Segment:
-        """At one site."""
-        if len(self.spans) == 1:
-            resident, span = self.spans[0]
-            return Segment(span, delta.kind, resident.rows(self._pool, delta.blocks), is_each=False)
-        rows = tuple(
-            Rows(self._pool.rows(block.width), self._first(block.width) + block.offset, block.height)
-            for block in delta.blocks
-        )
-        return Segment(self._tokens, delta.kind, rows, is_each=True)
-
-    def _first(self, width: int) -> Tensor:
-        """Each token's adapter's first row of a width: `[tokens]`."""
-        first = self._firsts.get(width)
-        if first is None:
-            rows = [resident.first[width] for resident, span in self.spans for _ in range(span.start, span.stop)]
-            first = self._firsts[width] = index_tensor(rows, self._pool.device)
-        return first
-
-
-def _place(schedule: Schedule) -> list[_Placed]:
-    """The rows in packed order: those of one stack together, and beside them those of like layout."""
-    stacks: Mapping[Sequence | PrefixRun, tuple[Resident, ...]] = {
-        run: (run if isinstance(run, Sequence) else schedule.owners[run]).stack for run in schedule.rows
-    }
-    rows = sorted(schedule, key=lambda row: _packing_order(row, stacks[row.run]))
-    placed: list[_Placed] = []
-    token = logit = 0
-    for row in rows:
-        count = _wanted_logits(row)
-        placed.append(_Placed(row, stacks[row.run], token, logit, logit + count))
-        token += row.count
-        logit += count
-    return placed
-
-
-def _wanted_logits(row: Row) -> int:
-    """How many of the row's last positions need logits."""
-    run = row.run
-    if isinstance(run, PrefixRun):
-        return 0
-    return max(0, row.stop - max(row.start, run.first_logit))
-
-
-def _is_decode(item: _Placed) -> bool:
+def _is_decode(item: Placed) -> bool:
     """Whether the row is one token of a sequence's text whose logits are wanted."""
     run = item.row.run
     return (
         isinstance(run, Sequence)
         and item.row.count == 1
         and item.row.start >= run.num_virtual
-        and _num_logits(item) == 1
+        and item.num_logits == 1
         and not run.request.classify  # a padded step has logits only
     )
 
 
-def _logit_rows(placed: list[_Placed]) -> list[LogitRows]:
+def _logit_rows(placed: list[Placed]) -> list[LogitRows]:
     return [
         LogitRows(run, item.logit_start, item.logit_stop, item.row.stop == run.num_tokens)
         for item in placed
@@ -373,7 +250,7 @@ def _logit_rows(placed: list[_Placed]) -> list[LogitRows]:
     ]
 
 
-def _num_adapters(placed: list[_Placed]) -> int:
+def _num_adapters(placed: list[Placed]) -> int:
     """Distinct ones."""
     return len({resident.digest for item in placed for resident in item.stack})
 
@@ -389,10 +266,6 @@ def _positions(row: Row) -> range:
     return range(row.start - shift, row.stop - shift)
 
 
-def _num_logits(item: _Placed) -> int:
-    return item.logit_stop - item.logit_start
-
-
 def _block_table(row: Row) -> list[int]:
     return row.run.pages if isinstance(row.run, PrefixRun) else row.run.block_table
 
@@ -405,7 +278,7 @@ def _token_ids(row: Row) -> Iterable[int]:
     return [0] * virtual + list(row.run.token_ids(row.start + virtual, row.stop))
 
 
-def _virtual_embeddings(item: _Placed, pool: RowPool) -> Iterable[tuple[int, Tensor]]:
+def _virtual_embeddings(item: Placed, pool: RowPool) -> Iterable[tuple[int, Tensor]]:
     """Embeddings of the row's virtual tokens, each with its place in the step."""
     row = item.row
     for span in row.run.spans:
@@ -417,21 +290,3 @@ def _virtual_embeddings(item: _Placed, pool: RowPool) -> Iterable[tuple[int, Ten
             assert prefix.is_run, "only spans that are run have rows"
             embeddings = resident.block(pool, prefix.blocks[0])
             yield item.start + start - row.start, embeddings[start - span.start : stop - span.start]
-
-
-def _runs(placed: list[_Placed], level: int) -> Iterable[_Run]:
-    """Neighbouring rows that have the same adapter at a level."""
-    adapters = (item.stack[level] if len(item.stack) > level else None for item in placed)
-    for resident, pairs in groupby(zip(adapters, placed, strict=True), key=itemgetter(0)):
-        if resident is not None:
-            rows = [item for _, item in pairs]
-            first, last = rows[0], rows[-1]
-            yield _Run(resident, slice(first.start, last.stop), slice(first.logit_start, last.logit_stop))
-
-
-def _packing_order(row: Row, stack: tuple[Resident, ...]) -> tuple[bool, list[int], list[str]]:
-    return (
-        row.count >= _MANY_TOKENS,
-        [hash(resident.layout) for resident in stack],
-        [resident.digest for resident in stack],
-    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Layout
@@ -99,6 +100,21 @@ def test_padded_steps_of_any_mix_answer_as_ordinary_ones(
     rows = [(len(batch.logit_rows), len(batch.token_ids)) for batch in padded]
     assert any(real < filled for real, filled in rows), "no step was padded"
     assert max(len(batch.composition.deltas) for batch in padded if batch.composition) > 4, "the layouts did not mix"
+
+
+def test_a_prefix_that_takes_no_positions_answers_alike_in_padded_steps() -> None:
+    golden = Path(__file__).parents[1] / "golden" / "adapterhub"
+    base = FrozenBase(AutoModelForCausalLM.from_pretrained(golden / "base", attn_implementation="eager"))
+    requests = [
+        request(f"{name}/{length}", list(range(3, 3 + length)), greedy(MAX_TOKENS), golden / "cases" / name)
+        for name in ("prefix", "prefix_flat")
+        for length in (2, 9)
+    ]
+    expected = _results(make_engine(base), requests)
+    engine = make_engine(base)
+    padded = _pad(engine)
+    _assert_alike(_results(engine, requests), expected)
+    assert padded
 
 
 def test_attention_that_reads_pages_answers_as_the_gathered_one(base: FrozenBase, tasks: dict[str, Path]) -> None:
