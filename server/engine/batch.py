@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -70,16 +71,19 @@ class BatchBuilder:
         device: torch.device,
         *,
         is_varlen: bool = False,
+        reads_in_place: bool = False,
         graph_inputs: GraphInputs | None = None,
     ) -> None:
-        """`device` is where the batch's tensors go; `pool` has the adapters' rows. `is_varlen` says for which attention
-        to plan; steps of one token per row go into `graph_inputs` where there are any."""
+        """`device` is where the batch's tensors go; `pool` has the adapters' rows. `is_varlen` and `reads_in_place` say
+        for which attention to plan: one that takes all rows, one that gathers nothing for rows of one token; steps of
+        one token per row go into `graph_inputs` where there are any."""
         self._shape = shape
         self._pool = pool
         self._page_size = page_size
         self._device = device
         largest = max(KVCache.page_bytes([layer], page_size, shape.dtype) for layer in shape.layers)
-        self._gathered_pages = _GATHER_BYTES[device.type] // largest
+        # of a group, at most
+        self._gathered_pages = math.inf if reads_in_place else _GATHER_BYTES[device.type] // largest
         self._is_varlen = is_varlen
         self._graph_inputs = graph_inputs
 

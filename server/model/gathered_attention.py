@@ -1,11 +1,13 @@
 """Attention over pages that are gathered: each row's copied side by side, then torch's own attention.
 
-Works on every device, in every data type, with everything that a class may ask for (`AttentionOptions`).
+Works on every device, in every data type, with everything that a class may ask for (`AttentionOptions`). Rows of one
+token need not be gathered where there is a kernel for them (`find_decode_kernel`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.nn import functional
 
 from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup, PrefillRow
 from server.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from server.model.decode_kernel import DecodeKernel
 
 
 @dataclass
@@ -22,14 +27,19 @@ class PagedAttention:
     cache: KVCache
     plan: AttentionPlan
     has_causal_kernel: bool = False  # whether torch's attention is faster told `is_causal` than given a mask
+    decode_kernel: DecodeKernel | None = None
     _masks: dict[tuple[DecodeGroup | PrefillRow, int | None], Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         plan = self.plan
         plan.store(self.cache, layer, key, value)
-        output = torch.empty_like(query)
-        if plan.decode:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if self.decode_kernel is not None:
+            pages = self.cache.layers[layer]
+            for group in plan.decode:
+                self.decode_kernel(query, pages, group, plan.decode_tokens, options, output)
+        elif plan.decode:
             decoded = query.index_select(0, plan.decode_tokens)  # overwritten group by group
             for group in plan.decode:
                 self._decode(layer, decoded[group.start : group.stop], group, options)
@@ -97,6 +107,18 @@ class PagedAttention:
                 seen &= context > position - window
             mask = self._masks[row, window] = _additive(seen, dtype)[None, None]
         return mask
+
+
+def find_decode_kernel(device: torch.device, dtype: torch.dtype) -> tuple[DecodeKernel | None, str]:
+    """The compiled kernel for rows of one token, or None, and in words which or why not."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return None, f"no kernel for {dtype} on {device.type}"
+    try:
+        from server.model.decode_kernel import DecodeKernel  # noqa: PLC0415 - only where it is used: it is compiled
+
+        return DecodeKernel(), "compiled"
+    except (ImportError, OSError) as error:
+        return None, f"the kernel cannot be had: {error}"
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.model import AttentionPlan, DecodeGroup, KVCache, LayerShape, PagedAttention, PrefillRow
 from server.model.attention import AttentionOptions
+from server.model.decode_kernel import DecodeKernel
 
 
 @dataclass
@@ -79,8 +80,9 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
 def test_paged_attention_is_one_softmax_per_token_and_head(
-    window: int | None, softcap: float | None, with_sinks: bool
+    window: int | None, softcap: float | None, with_sinks: bool, is_compiled: bool
 ) -> None:
     for seed in range(6):
         rng = random.Random(seed)
@@ -106,7 +108,8 @@ def test_paged_attention_is_one_softmax_per_token_and_head(
         sinks = torch.randn(heads) if with_sinks else None
         options = AttentionOptions(rng.choice([None, 0.7]), window, softcap, sinks)
         query = torch.randn(sum(context.count for context in contexts), heads, dim)
-        attention = PagedAttention(cache, _plan(contexts, page_size, rng))
+        kernel = DecodeKernel() if is_compiled else None
+        attention = PagedAttention(cache, _plan(contexts, page_size, rng), decode_kernel=kernel)
         output = attention.attend(
             0,
             query,
@@ -124,3 +127,17 @@ def test_the_null_page_is_zero_from_the_start() -> None:
     del held
     cache = KVCache([LayerShape(2, 8)] * 4, 40, 4, dtype=torch.float32, device=torch.device("cpu"))
     assert all(bool((layer[:, 0] == 0).all()) for layer in cache.layers)
+
+
+def test_a_row_whose_keys_are_not_finite_hurts_nobody_else() -> None:
+    cache = KVCache([LayerShape(2, 8)], 4, 4, dtype=torch.float32, device=torch.device("cpu"))
+    cache.zero([1, 2, 3])
+    groups = [DecodeGroup(0, 3, torch.tensor([[1], [2], [3]]), torch.tensor([1, 1, 1]))]
+    plan = AttentionPlan(torch.tensor([4, 8, 12]), None, torch.tensor([0, 1, 2]), groups, [])
+    query, key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    key[1] = torch.nan
+    output = PagedAttention(cache, plan, decode_kernel=DecodeKernel()).attend(
+        0, query, key, value, AttentionOptions(None)
+    )
+    assert output[1].isnan().all()
+    torch.testing.assert_close(output[[0, 2]], value[[0, 2]])

@@ -1,0 +1,214 @@
+"""Attention of one token per row over KV pages where they lie, compiled by numba, on the threads of torch's own OpenMP.
+
+For CPUs, in float32. torch's attention wants the pages of a row side by side, and copying them there costs more than
+attending: a row's keys and values are then read from memory, written and read again. Here they are read once. Rows are
+taken one after the other by whichever thread is free.
+
+Threads of our own would share their cores with torch's, which go on spinning between two of its operations (measured on
+two cores: 34 ms a step in place of 20). So the kernel is run by `GOMP_parallel` of the GNU OpenMP that torch has loaded
+(its interface: "libgomp ABI", GCC's manual); with another OpenMP there is no kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from server.model.attention import AttentionOptions, DecodeGroup
+
+_CALL = np.dtype(
+    [
+        ("taken", np.int64),  # rows that a thread has taken; must stand first
+        ("rows", np.int64),
+        ("num_tokens", np.int64),
+        ("heads", np.int64),
+        ("kv_heads", np.int64),
+        ("head_dim", np.int64),
+        ("page_size", np.int64),
+        ("num_pages", np.int64),
+        ("table_width", np.int64),
+        ("window", np.int64),  # 0: none
+        ("query", np.int64),  # this and all below are addresses
+        ("keys", np.int64),
+        ("values", np.int64),
+        ("tables", np.int64),
+        ("lengths", np.int64),
+        ("tokens", np.int64),
+        ("output", np.int64),
+        ("sinks", np.int64),  # 0: none
+        ("scaling", np.float32),
+        ("softcap", np.float32),  # 0: none
+    ]
+)
+_CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
+
+# Sums may be reordered, which lets them use the processor's vectors; NaN and infinity keep their meaning.
+_COMPILED: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
+    "error_model": "numpy",
+    "cache": True,
+}
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _take_row(typing_context: Any, call: Any) -> Any:
+    """The next row's number: an atomic addition to `taken`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(call), generate
+
+
+def _pointer_to(element: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(element)))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+_floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
+@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+def _score(query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> None:
+    """scaling · q kᵀ, capped, for the tokens of a page: `scores` `[heads, tokens]`."""
+    tokens, kv_heads, head_dim = keys.shape
+    repeats = query.shape[0] // kv_heads
+    for token in range(tokens):
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * repeats, (kv_head + 1) * repeats):
+                score = np.float32(0)
+                for at in range(head_dim):
+                    score += query[head, at] * keys[token, kv_head, at]
+                scores[head, token] = score * scaling
+                if softcap > 0:
+                    scores[head, token] = softcap * np.tanh(score * scaling / softcap)
+
+
+@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+def _softmax(scores: Any, sink: Any) -> None:
+    """In place over `scores` `[seen]` and one more that is not kept."""
+    largest = sink
+    for score in scores:
+        largest = max(largest, score)
+    total = np.exp(sink - largest)
+    for at in range(len(scores)):
+        scores[at] = np.exp(scores[at] - largest)
+        total += scores[at]
+    scores *= np.float32(1) / total
+
+
+@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+def _add_values(weights: Any, values: Any, output: Any) -> None:
+    """Add the weighted values of a page's tokens: `weights` `[heads, tokens]`, `output` `[heads, head_dim]`."""
+    tokens, kv_heads, head_dim = values.shape
+    repeats = output.shape[0] // kv_heads
+    for token in range(tokens):
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * repeats, (kv_head + 1) * repeats):
+                weight = weights[head, token]
+                for at in range(head_dim):
+                    output[head, at] += weight * values[token, kv_head, at]
+
+
+@cfunc(types.void(_CALL_POINTER), **_COMPILED)  # type: ignore[untyped-decorator]
+def _attend(pointer: Any) -> None:
+    """What each thread runs: rows, as long as there are any."""
+    call = carray(pointer, 1)[0]
+    rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
+    page_shape = (call.num_pages, size, call.kv_heads, head_dim)
+    keys, values = carray(_floats(call.keys), page_shape), carray(_floats(call.values), page_shape)
+    lengths, tokens = carray(_integers(call.lengths), rows), carray(_integers(call.tokens), rows)
+    tables = carray(_integers(call.tables), (rows, call.table_width))
+    queries = carray(_floats(call.query), (call.num_tokens, heads, head_dim))
+    output = carray(_floats(call.output), (call.num_tokens, heads, head_dim))
+    scores = np.empty((heads, size * call.table_width), np.float32)
+    row = _take_row(pointer)
+    while row < rows:
+        token, length, pages = tokens[row], lengths[row], tables[row]
+        first = max(0, length - call.window) if call.window > 0 else 0
+        for place in range(first // size, (length + size - 1) // size):
+            start, stop = max(first, place * size), min(length, (place + 1) * size)
+            page = keys[pages[place], start - place * size : stop - place * size]
+            _score(queries[token], page, scores[:, start:stop], call.scaling, call.softcap)
+        for head in range(heads):
+            sink = _floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
+            _softmax(scores[head, first:length], sink)
+        output[token] = 0
+        for place in range(first // size, (length + size - 1) // size):
+            start, stop = max(first, place * size), min(length, (place + 1) * size)
+            page = values[pages[place], start - place * size : stop - place * size]
+            _add_values(scores[:, start:stop], page, output[token])
+        row = _take_row(pointer)
+
+
+class DecodeKernel:
+    """See the module."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where torch has not loaded GNU OpenMP."""
+        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+        self._parallel = openmp.GOMP_parallel
+        self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        self._parallel.restype = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        group: DecodeGroup,
+        tokens: Tensor,
+        options: AttentionOptions,
+        output: Tensor,
+    ) -> None:
+        """Fill the group's rows of `output`; of the step's decode rows `tokens` says where they are in it.
+
+        `query` and `output` `[num_tokens, heads, head_dim]`, the latter contiguous; `pages` is a layer of the cache,
+        `[2, pages, page_size, kv_heads, head_dim]`; all float32 on the CPU.
+        """
+        keys, values = pages
+        num_tokens, heads, head_dim = query.shape
+        num_pages, page_size, kv_heads, _ = keys.shape
+        query, sinks = query.contiguous(), options.sinks
+        tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
+        call = np.array(
+            (
+                0,
+                len(tables),
+                num_tokens,
+                heads,
+                kv_heads,
+                head_dim,
+                page_size,
+                num_pages,
+                tables.shape[1],
+                options.sliding_window or 0,
+                query.data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                tables.data_ptr(),
+                lengths.data_ptr(),
+                tokens[group.start :].data_ptr(),
+                output.data_ptr(),
+                0 if sinks is None else sinks.data_ptr(),
+                head_dim**-0.5 if options.scaling is None else options.scaling,
+                options.softcap or 0,
+            ),
+            dtype=_CALL,
+        )
+        self._parallel(_attend.address, call.ctypes.data, torch.get_num_threads(), 0)
