@@ -43,8 +43,8 @@ class Runner:
             self._kernel, reason = find_kernel(base, cache.page_size)
             self.pad_decode_steps()
             self._graphs = DecodeGraphs(self._run_composition, max_rows)
-        in_place = self._kernel or self._decode_kernel
-        logger.info("attention %s: %s", "in place" if in_place else "over gathered pages", reason)
+        self._reads_in_place = self._kernel is not None or self._decode_kernel is not None
+        logger.info("attention %s: %s", "in place" if self._reads_in_place else "over gathered pages", reason)
 
     def pad_decode_steps(self) -> None:
         """Let steps of one token per row have inputs that a graph can refer to."""
@@ -109,7 +109,7 @@ class Runner:
 
     def _prepare_pages(self, schedule: Schedule) -> None:
         """Zero, fill, copy: in this order, for a copied page may be one that is filled here."""
-        if schedule.fresh_pages:
+        if schedule.fresh_pages and not self._reads_in_place:  # what is not read cannot hurt
             self._cache.zero(schedule.fresh_pages)
         for copy in schedule.prefix_copies:
             self._fill(copy)
