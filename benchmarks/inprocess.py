@@ -6,6 +6,7 @@ themselves. What is not set is the server's default.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,10 +82,13 @@ def open_engine(base: FrozenBase, limits: EngineLimits) -> Iterator[Engine]:
         return read_folder(Path(files["folder"]), base)
 
     engine = Engine(base, limits, load)
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     try:
         yield engine
     finally:
         engine.close()
+        gc.unfreeze()
 
 
 def read_folder(folder: Path, base: FrozenBase) -> Adapter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 
@@ -18,7 +17,8 @@ class PagePool:
         """All free."""
         self.page_size = page_size
         self.capacity = num_pages - 1
-        self._free = deque(range(1, num_pages))
+        # What was given back last is taken first, and new pages one behind the other: their memory is at hand.
+        self._free = list(range(num_pages - 1, 0, -1))
 
     @property
     def free(self) -> int:
@@ -32,7 +32,7 @@ class PagePool:
 
     def take(self, count: int) -> list[int]:
         """Hand out pages; the caller has seen that there are enough."""
-        return [self._free.popleft() for _ in range(count)]
+        return [self._free.pop() for _ in range(count)]
 
     def give(self, pages: Iterable[int]) -> None:
         """Take pages back."""

@@ -1,33 +1,25 @@
-"""Attention of one token per row over KV pages where they lie, compiled by numba, on the threads of torch's own OpenMP.
+"""Attention of one token per row over KV pages where they lie: compiled, for CPUs, in float32.
 
-For CPUs, in float32. torch's attention wants the pages of a row side by side, and copying them there costs more than
-attending: a row's keys and values are then read from memory, written and read again. Here they are read once. Rows are
-taken one after the other by whichever thread is free.
-
-Threads of our own would share their cores with torch's, which go on spinning between two of its operations (measured on
-two cores: 34 ms a step in place of 20). So the kernel is run by `GOMP_parallel` of the GNU OpenMP that torch has loaded
-(its interface: "libgomp ABI", GCC's manual); with another OpenMP there is no kernel.
+torch's attention wants the pages of a row side by side, and copying them there costs more than attending: a row's keys
+and values are then read from memory, written and read again. Here they are read once. Rows are taken one after the
+other by whichever thread is free.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 from typing import Any
 
 import numba
 import numpy as np
-import torch
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from server.model.attention import AttentionOptions, DecodeGroup
+from server.model.compiled import COMPILED, TorchThreads, floats, integers, take_unit
 
 _CALL = np.dtype(
     [
-        ("taken", np.int64),  # rows that a thread has taken; must stand first
+        ("taken", np.int64),  # rows
         ("rows", np.int64),
         ("num_tokens", np.int64),
         ("heads", np.int64),
@@ -51,40 +43,8 @@ _CALL = np.dtype(
 )
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
 
-# Sums may be reordered, which lets them use the processor's vectors; NaN and infinity keep their meaning.
-_COMPILED: dict[str, Any] = {
-    "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
-    "error_model": "numpy",
-    "cache": True,
-}
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _take_row(typing_context: Any, call: Any) -> Any:
-    """The next row's number: an atomic addition to `taken`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(call), generate
-
-
-def _pointer_to(element: Any) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def pointer(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(element)))
-
-        return types.CPointer(element)(types.int64), generate
-
-    return pointer
-
-
-_floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
-
-
-@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
 def _score(query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> None:
     """scaling · q kᵀ, capped, for the tokens of a page: `scores` `[heads, tokens]`."""
     tokens, kv_heads, head_dim = keys.shape
@@ -100,7 +60,7 @@ def _score(query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> No
                     scores[head, token] = softcap * np.tanh(score * scaling / softcap)
 
 
-@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, sink: Any) -> None:
     """In place over `scores` `[seen]` and one more that is not kept."""
     largest = sink
@@ -113,7 +73,7 @@ def _softmax(scores: Any, sink: Any) -> None:
     scores *= np.float32(1) / total
 
 
-@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
 def _add_values(weights: Any, values: Any, output: Any) -> None:
     """Add the weighted values of a page's tokens: `weights` `[heads, tokens]`, `output` `[heads, head_dim]`."""
     tokens, kv_heads, head_dim = values.shape
@@ -126,19 +86,19 @@ def _add_values(weights: Any, values: Any, output: Any) -> None:
                     output[head, at] += weight * values[token, kv_head, at]
 
 
-@cfunc(types.void(_CALL_POINTER), **_COMPILED)  # type: ignore[untyped-decorator]
+@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
 def _attend(pointer: Any) -> None:
     """What each thread runs: rows, as long as there are any."""
     call = carray(pointer, 1)[0]
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
     page_shape = (call.num_pages, size, call.kv_heads, head_dim)
-    keys, values = carray(_floats(call.keys), page_shape), carray(_floats(call.values), page_shape)
-    lengths, tokens = carray(_integers(call.lengths), rows), carray(_integers(call.tokens), rows)
-    tables = carray(_integers(call.tables), (rows, call.table_width))
-    queries = carray(_floats(call.query), (call.num_tokens, heads, head_dim))
-    output = carray(_floats(call.output), (call.num_tokens, heads, head_dim))
+    keys, values = carray(floats(call.keys), page_shape), carray(floats(call.values), page_shape)
+    lengths, tokens = carray(integers(call.lengths), rows), carray(integers(call.tokens), rows)
+    tables = carray(integers(call.tables), (rows, call.table_width))
+    queries = carray(floats(call.query), (call.num_tokens, heads, head_dim))
+    output = carray(floats(call.output), (call.num_tokens, heads, head_dim))
     scores = np.empty((heads, size * call.table_width), np.float32)
-    row = _take_row(pointer)
+    row = take_unit(pointer)
     while row < rows:
         token, length, pages = tokens[row], lengths[row], tables[row]
         first = max(0, length - call.window) if call.window > 0 else 0
@@ -147,14 +107,14 @@ def _attend(pointer: Any) -> None:
             page = keys[pages[place], start - place * size : stop - place * size]
             _score(queries[token], page, scores[:, start:stop], call.scaling, call.softcap)
         for head in range(heads):
-            sink = _floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
+            sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
             _softmax(scores[head, first:length], sink)
         output[token] = 0
         for place in range(first // size, (length + size - 1) // size):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = values[pages[place], start - place * size : stop - place * size]
             _add_values(scores[:, start:stop], page, output[token])
-        row = _take_row(pointer)
+        row = take_unit(pointer)
 
 
 class DecodeKernel:
@@ -162,10 +122,7 @@ class DecodeKernel:
 
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
-        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-        self._parallel = openmp.GOMP_parallel
-        self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        self._parallel.restype = None
+        self._threads = TorchThreads()
 
     def __call__(
         self,
@@ -211,4 +168,4 @@ class DecodeKernel:
             ),
             dtype=_CALL,
         )
-        self._parallel(_attend.address, call.ctypes.data, torch.get_num_threads(), 0)
+        self._threads.run(_attend, call.ctypes.data)
