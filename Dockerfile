@@ -3,6 +3,10 @@
 # A server on CPU:   docker build -t medley .
 # on CUDA:           docker build -t medley:cuda --build-arg BASE_IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
 #
+# It asks every caller for an API key; the first is made in the running container:
+#   docker exec CONTAINER medley keys create NAME --scope admin
+# Where the network is trusted, --env MEDLEY_AUTH=false --env MEDLEY_INSECURE=true lets everyone do everything.
+#
 # Any Debian or Ubuntu image whose python3 is 3.11 or 3.12 serves as BASE_IMAGE; one without Python gets its own.
 # The torch wheel of pip's default index carries the CUDA libraries, which a CPU image does without: TORCH_INDEX may
 # name an index whose wheels do not.
@@ -40,6 +44,7 @@ COPY --from=build /opt/medley /opt/medley
 ENV PATH=/opt/medley/bin:$PATH \
     HF_HOME=/data/hub \
     MEDLEY_HOST=0.0.0.0 \
+    MEDLEY_AUTH=true \
     MEDLEY_DATA_DIR=/data \
     MEDLEY_LOG_FORMAT=json
 USER 10001

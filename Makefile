@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install serve test format demo-check bench clean
+.PHONY: install serve test soak format demo-check bench clean
 
 install: $(INSTALLED)
 
@@ -23,6 +23,10 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# The faults of tests/faults in full: 200 publishes among kills, Redis away for 30 s, 60 s of changes under 50 streams.
+soak: $(INSTALLED)
+	MEDLEY_TEST_SOAK=1 $(BIN)/pytest tests/faults --timeout 3600 --durations 0
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -4,10 +4,17 @@ It knows no torch and nothing of the server. `publish_files` writes, `TaskDirect
 `RedisIndex` is everything else; `PrivateRedis` runs a Redis where none is given.
 """
 
-from adapters_store.blobs import BlobStore, LocalBlobs
+from adapters_store.api_key_directory import ApiKeyDirectory
+from adapters_store.api_keys import KEY_SCOPES, ApiKey, ApiKeys, KeyScope, Quotas
+from adapters_store.backup import write_backup
+from adapters_store.backup_file import Totals as BackupTotals
+from adapters_store.blobs import BlobStore, LocalBlobs, StoredBlob
+from adapters_store.customizations import CustomizationDirectory
 from adapters_store.data_folder import DataFolder
 from adapters_store.directory import TaskDirectory
 from adapters_store.errors import (
+    BackupDamaged,
+    BucketRefused,
     Conflict,
     DataFolderLocked,
     NotFound,
@@ -18,38 +25,94 @@ from adapters_store.errors import (
     StoreUnavailable,
     VersionCorrupt,
 )
+from adapters_store.feed import FeedEvent, FeedListener
+from adapters_store.garbage import GarbageCollector, GarbageReport
+from adapters_store.identity import ADAPTER_FILES, adapter_digest
 from adapters_store.index import RedisIndex
+from adapters_store.open_blobs import blobs_url, open_blobs
 from adapters_store.parent_death import signalled_at_parent_death
 from adapters_store.private_redis import PrivateRedis
-from adapters_store.publish import ADAPTER_FILES, NewVersionFacts, adapter_digest, publish_files
-from adapters_store.records import ID_PATTERN, Canary, FileRecord, NewVersion, Task, TaskSettings, Version
+from adapters_store.publish import NewVersionFacts, customize_files, publish_files
+from adapters_store.records import (
+    BY_NOBODY,
+    ID_PATTERN,
+    Canary,
+    Change,
+    Customization,
+    CustomizationLimits,
+    FileRecord,
+    HistoryEntry,
+    NewCustomization,
+    NewVersion,
+    Task,
+    TaskSettings,
+    TaskState,
+    Version,
+)
+from adapters_store.restore import restore_backup
+from adapters_store.scope import id_of, scoped, tenant_of
+from adapters_store.usage import LEASE_SECONDS, LocalUsage, SharedUsage, Usage
 
 __all__ = [
     "ADAPTER_FILES",
+    "BY_NOBODY",
     "ID_PATTERN",
+    "KEY_SCOPES",
+    "LEASE_SECONDS",
+    "ApiKey",
+    "ApiKeyDirectory",
+    "ApiKeys",
+    "BackupDamaged",
+    "BackupTotals",
     "BlobStore",
+    "BucketRefused",
     "Canary",
+    "Change",
     "Conflict",
+    "Customization",
+    "CustomizationDirectory",
+    "CustomizationLimits",
     "DataFolder",
     "DataFolderLocked",
+    "FeedEvent",
+    "FeedListener",
     "FileRecord",
+    "GarbageCollector",
+    "GarbageReport",
+    "HistoryEntry",
+    "KeyScope",
     "LocalBlobs",
+    "LocalUsage",
+    "NewCustomization",
     "NewVersion",
     "NewVersionFacts",
     "NotFound",
     "PrivateRedis",
+    "Quotas",
     "RedisIndex",
     "RedisMisconfigured",
     "RedisNotStarted",
+    "SharedUsage",
     "StoreError",
     "StoreFull",
     "StoreUnavailable",
+    "StoredBlob",
     "Task",
     "TaskDirectory",
     "TaskSettings",
+    "TaskState",
+    "Usage",
     "Version",
     "VersionCorrupt",
     "adapter_digest",
+    "blobs_url",
+    "customize_files",
+    "id_of",
+    "open_blobs",
     "publish_files",
+    "restore_backup",
+    "scoped",
     "signalled_at_parent_death",
+    "tenant_of",
+    "write_backup",
 ]

@@ -1,4 +1,4 @@
--- KEYS task, versions, activations, feed      ARGV name, number, feed length
+-- KEYS task, versions, activations, history, feed      ARGV name, number, …
 -- Returns 'no_task', 'no_version' or 'done'
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return 'no_task'
@@ -6,7 +6,9 @@ end
 if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then
     return 'no_version'
 end
+local before = redis.call('HGET', KEYS[1], 'active')
 if switch(KEYS[1], KEYS[3], ARGV[2]) then
-    announce(KEYS[4], ARGV[3], 'version_activated', ARGV[1])
+    record(KEYS[4], TASK_HISTORY, 'version_activated', moved(ARGV[2], before))
+    announce(KEYS[5], 'version_activated', 'task', ARGV[1])
 end
 return 'done'

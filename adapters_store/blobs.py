@@ -1,45 +1,64 @@
 """Content-addressed files: a blob's name is the sha256 of its bytes, so a blob never changes.
 
-`BlobStore` is what readers and publishers need; `LocalBlobs` keeps blobs in a folder that several servers may share.
-All calls are synchronous file IO: an asyncio caller puts them on a thread. Who still needs a blob is not known here.
+`BlobStore` is what readers, publishers and the garbage collector need; `LocalBlobs` keeps blobs in a folder that
+several servers may share. All calls are synchronous IO: an asyncio caller puts them on a thread. Who still needs a
+blob is not known here.
 
     <folder>/blobs/ab/abcdef…     a blob, complete whenever this name exists
-    <folder>/staging/<id>/        the files of one upload that is under way
-    <folder>/staging/<id>.lock    held by the process that owns <id>, and freed by the system when that process dies
+    <folder>/staging/             see `staging`
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import secrets
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
-
-from adapters_store.errors import StoreFull, VersionCorrupt
+from adapters_store.errors import VersionCorrupt
 from adapters_store.records import FileRecord
+from adapters_store.staging import Staging, full_disk_named, place, sync
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class StoredBlob(NamedTuple):
+    """A blob as a listing shows it, unverified; `size` in bytes."""
+
+    sha256: str
+    size: int
 
 
 class BlobStore(Protocol):
-    """Where the bytes of all versions are."""
+    """Where the bytes of all versions are. Any call may raise `StoreUnavailable` where that is not this machine."""
+
+    def check(self) -> None:
+        """Return if the store answers; `BucketRefused` where only an operator can mend that it does not."""
 
     def read(self, sha256: str) -> bytes:
         """The blob's bytes, verified; `VersionCorrupt` where it is absent or its content does not match."""
 
+    def file(self, sha256: str) -> AbstractContextManager[Path]:
+        """The blob as a verified file of this machine, which stays while the context is open; fails as `read` does."""
+
     def put(self, path: Path) -> FileRecord:
-        """Take over a finished file of `staging()`; on return it is durable. Putting the same content again is free."""
+        """Keep the content of a finished file of `staging()`; on return it is durable.
+
+        The file itself stays until its upload ends. What stands under that content's name already is healed by it.
+        """
 
     def exists(self, sha256: str) -> bool:
         """Whether there is such a blob (unverified)."""
 
-    def delete(self, sha256: str) -> None:
-        """Forget a blob; one that is absent is fine."""
+    def delete(self, *sha256: str) -> None:
+        """Forget blobs; those that are absent are fine."""
+
+    def list(self) -> Iterator[StoredBlob]:
+        """All blobs, in no order; one that is put or deleted meanwhile may or may not be among them."""
 
     def staging(self) -> AbstractContextManager[Path]:
         """A fresh private folder for the files of one upload; it and what is left in it are removed at the end."""
@@ -53,107 +72,90 @@ class LocalBlobs:
 
     def __init__(self, folder: Path) -> None:
         self._blobs = folder / "blobs"
-        self._staging = folder / "staging"
         self._blobs.mkdir(parents=True, exist_ok=True)
-        self._staging.mkdir(exist_ok=True)
-        _sync_folder(folder)
-        # Held for the instants in which an upload's folder is made or judged to be an orphan: between making a lock
-        # file and locking it, a sweep by another server would take the newborn for one.
-        self._guard_path = folder / "staging.lock"
+        self._staging = Staging(folder / "staging")
+        sync(folder)
 
     def path(self, sha256: str) -> Path:
         """The file of a blob, whether or not it exists."""
         return self._blobs / sha256[:2] / sha256
 
+    def check(self) -> None:
+        """A folder that this process has made is there."""
+
     def read(self, sha256: str) -> bytes:
         """The blob's bytes; `VersionCorrupt` where it is absent or its content does not match its name."""
-        try:
-            content = self.path(sha256).read_bytes()
-        except FileNotFoundError:
-            raise VersionCorrupt(sha256, f"blob {sha256} is missing from the blob store") from None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise VersionCorrupt(sha256, f"blob {sha256} was altered on disk: its content has another sha256")
+        with self._open(sha256) as file:
+            content = file.read()
+        verify(sha256, hashlib.sha256(content).hexdigest())
         return content
+
+    @contextmanager
+    def file(self, sha256: str) -> Iterator[Path]:
+        """The blob's own file, verified; `VersionCorrupt` as for `read`."""
+        with self._open(sha256) as file:
+            verify(sha256, hashlib.file_digest(file, "sha256").hexdigest())
+        yield self.path(sha256)
 
     def exists(self, sha256: str) -> bool:
         """Whether there is such a file (unverified)."""
         return self.path(sha256).is_file()
 
-    def delete(self, sha256: str) -> None:
-        """Remove a blob; one that is absent is fine."""
-        self.path(sha256).unlink(missing_ok=True)
+    def delete(self, *sha256: str) -> None:
+        """Remove blobs; those that are absent are fine."""
+        for name in sha256:
+            self.path(name).unlink(missing_ok=True)
+
+    def list(self) -> Iterator[StoredBlob]:
+        """All blobs of the folder; other files in it are none."""
+        for folder in self._blobs.iterdir():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_sha256(entry.name):
+                        yield StoredBlob(entry.name, entry.stat().st_size)
 
     def put(self, path: Path) -> FileRecord:
-        """Move a finished file (of `staging()`: same file system) to its address and make it durable.
+        """Keep a finished file of `staging()` under its address and make it durable.
 
         An existing blob of that name is replaced in one atomic step: the content is the same, or is healed by it.
         """
-        with _full_disk_named(), path.open("rb") as file:
+        with full_disk_named(), path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = os.fstat(file.fileno()).st_size
             os.fsync(file.fileno())
             target = self.path(sha256)
             target.parent.mkdir(exist_ok=True)
-            _sync_folder(self._blobs)  # even if the folder was there: whoever made it may have died before this
-            os.replace(path, target)
-            _sync_folder(target.parent)
+            sync(self._blobs)  # even if the folder was there: whoever made it may have died before this
+            place(path, target)
+            sync(target.parent)
         return FileRecord(sha256, size)
 
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
+    def staging(self) -> AbstractContextManager[Path]:
         """A fresh private folder; a full disk while it is in use is raised as `StoreFull`."""
-        owner = secrets.token_hex(16)
-        folder = self._staging / owner
-        lock = FileLock(self._staging / f"{owner}.lock", blocking=False, thread_local=False)
-        with _full_disk_named():
-            with self._guard():
-                lock.acquire()
-                folder.mkdir()
-            try:
-                yield folder
-            finally:
-                self._remove(folder, lock)
+        return self._staging.fresh()
 
     def sweep(self) -> int:
         """Remove the staging folders whose owner is dead; those of living processes stay."""
-        swept = 0
-        for path in sorted(self._staging.glob("*.lock")):
-            lock = FileLock(path, blocking=False, thread_local=False)
-            try:
-                with self._guard():
-                    lock.acquire()
-            except Timeout:
-                continue
-            self._remove(path.with_suffix(""), lock)
-            swept += 1
-        return swept
+        return self._staging.sweep()
 
-    def _guard(self) -> FileLock:
-        return FileLock(self._guard_path, timeout=10, poll_interval=0.005, thread_local=False)
-
-    @staticmethod
-    def _remove(folder: Path, lock: FileLock) -> None:
-        """Folder first, lock file last: a death in between leaves a lock file, which the next sweep finds."""
-        if folder.exists():
-            shutil.rmtree(folder)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    def _open(self, sha256: str) -> BufferedReader:
+        try:
+            return self.path(sha256).open("rb")
+        except FileNotFoundError:
+            raise missing(sha256) from None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable (fsync of a file does not cover its name)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_sha256(name: str) -> bool:
+    """Whether a file's name can be a blob's."""
+    return _SHA256.fullmatch(name) is not None
 
 
-@contextmanager
-def _full_disk_named() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(f"no room is left on the blob store's disk: {error}") from error
-        raise
+def verify(sha256: str, found: str) -> None:
+    """`VersionCorrupt` unless the content has the sha256 that it is named by."""
+    if found != sha256:
+        raise VersionCorrupt(sha256, f"blob {sha256} was altered in the blob store: its content has another sha256")
+
+
+def missing(sha256: str) -> VersionCorrupt:
+    """The error for a blob that is not there."""
+    return VersionCorrupt(sha256, f"blob {sha256} is missing from the blob store")

@@ -36,6 +36,9 @@ OLDEST_REDIS = (6, 2)
 #: primary or its replicas, or just changed its role. A pipeline's error has the command before the word.
 NOT_NOW = re.compile(r"\b(MISCONF|BUSY|MASTERDOWN|NOREPLICAS|UNBLOCKED) ")
 
+#: What uvloop says, not in an `OSError`, when a connection is written to that was reset a moment before.
+CLOSED_UNDERNEATH = "the handler is closed"
+
 log = structlog.get_logger(__name__)
 
 
@@ -63,6 +66,10 @@ def redis_errors() -> Iterator[None]:
         raise RedisMisconfigured(f"Redis refused the credentials of its URL: {error}") from error
     except (RedisConnectionError, RedisTimeoutError, ReadOnlyError) as error:
         raise StoreUnavailable(f"Redis is not available: {error}") from error
+    except RuntimeError as error:
+        if CLOSED_UNDERNEATH in str(error):
+            raise StoreUnavailable(f"Redis is not available: {error}") from error
+        raise
     except OutOfMemoryError as error:
         raise StoreFull(f"Redis has reached its maxmemory: {error}") from error
     except ResponseError as error:

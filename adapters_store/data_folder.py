@@ -21,6 +21,7 @@ class DataFolder:
         self.redis = self.path / "redis"
         self.blobs = self.path / "blobs"
         self.cache = self.path / "cache"
+        self.blob_cache = self.path / "blob-cache"
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / "lock", blocking=False, thread_local=False)
         try:

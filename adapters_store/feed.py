@@ -1,12 +1,13 @@
 """The change feed: a Redis stream with one entry per change of the index, for servers that mirror it.
 
-An entry names the task that changed; its new state is read from the index, so that applying an entry twice, late or
-out of order is harmless. A follower that missed entries cannot be told which: it is told that it missed some.
+An entry names what changed: a task, a user's customization of a task, a user, an API key. Its new state is read from
+the index, so that applying an entry twice, late or out of order is harmless. A follower that missed entries cannot be
+told which: it is told that it missed some.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, get_args
 
 import msgspec
 from redis.asyncio import Redis
@@ -18,17 +19,36 @@ FEED_LENGTH = 10_000
 """Entries kept at least: how many changes a server may miss without reading everything anew."""
 BATCH = 500
 
-EventKind = Literal[
-    "feed_begun", "task_put", "task_deleted", "version_published", "version_activated", "version_deleted"
+TaskEvent = Literal[
+    "task_put", "task_deleted", "version_published", "version_activated", "version_deleted", "canary_set"
 ]
+EventKind = Literal["feed_begun", TaskEvent, "customized", "uncustomized", "user_deleted", "key_changed"]
+TASK_EVENTS: frozenset[str] = frozenset(get_args(TaskEvent))
+"""After these the task is to be read anew."""
 
 
 class FeedEvent(msgspec.Struct, frozen=True):
-    """A change of `task` (empty for `feed_begun`); `id` is its place in the feed."""
+    """A change; `id` is its place in the feed. What a kind has no use for is empty.
+
+    A `TaskEvent` is of `task`, "customized" and "uncustomized" of `user` and `task`, "user_deleted" of `user`,
+    "key_changed" of `key`, an API key's id.
+    """
 
     id: str
     kind: EventKind
-    task: str
+    task: str = ""
+    user: str = ""
+    key: str = ""
+
+
+class FeedListener(Protocol):
+    """A memory of something in the index that is kept right by the feed; see `TaskDirectory.subscribe`."""
+
+    def changed(self, event: FeedEvent) -> None:
+        """Forget what this change makes wrong. The same event may come again."""
+
+    def clear(self) -> None:
+        """Forget everything: changes may have been missed."""
 
 
 class FeedLost(Exception):  # noqa: N818 - named as the store's errors are
@@ -68,4 +88,4 @@ class ChangeFeed:
         if not found_entry:
             raise FeedLost("the feed was trimmed past this server's position")
         entries: list[tuple[str, dict[str, str]]] = answer[0][1] if answer else []
-        return [FeedEvent(at, cast("EventKind", fields["kind"]), fields["task"]) for at, fields in entries]
+        return [msgspec.convert({"id": at, **fields}, FeedEvent) for at, fields in entries]

@@ -11,6 +11,7 @@ http           HTTP beside the same work in-process
 shared         what is computed and held once for many requests
 fairness       a client that sends too much
 memory         what is held, and at start-up
+index          the store's index at its planned size
 
 They share
 
@@ -24,5 +25,6 @@ servers        `medley serve` and others as processes; `http_client` asks them
 peft_peer      Hugging Face `generate` and PEFT, each method in the best way that PEFT has for it
 vllm_peer      vLLM's CPU build
 limit          what the machine's matrix products allow
+index_fill     synthetic tasks and customizations, as the index's own calls write them
 agreement      the check before any timing: all give the same greedy tokens
 """

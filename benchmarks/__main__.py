@@ -27,6 +27,7 @@ SUITE: dict[str, tuple[str, ...]] = {  # options beyond each one's defaults, in 
     "shared": (),
     "fairness": (),
     "memory": (),
+    "index": ("--tasks", "20000", "--customizations", "200000"),
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,8 +1,8 @@
 """Random adapters of every method that the server knows, for the random Llama base.
 
-PEFT itself makes and saves those that it has; the rest is written in its documented format: AdapterHub's bottlenecks,
-sparse updates, named deltas, top layers, text prompts. Values are the initial ones and some noise: speed does not
-depend on them, but an adapter that changes nothing would prove nothing.
+PEFT itself makes and saves those that it has; the rest is written in its documented format: AdapterHub's (see
+`recipes_adapterhub`), sparse updates, named deltas, top layers, text prompts. Values are the initial ones and noise:
+speed does not depend on them, but an adapter that changes nothing would prove nothing.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.bases import random_base
+from benchmarks.recipe_files import Write, linears, noise, write_folder
+from benchmarks.recipes_adapterhub import bottleneck, fusion, union
 from benchmarks.workload import Task, Workload
 from server.adapters.checkpoint import CONFIG_FILE, HUB_WEIGHTS_FILE, WEIGHTS_FILE
 
 _CAUSAL = "CAUSAL_LM"
 _QV = ["q_proj", "v_proj"]
 _KV_DOWN = ["k_proj", "v_proj", "down_proj"]
-_NOISE = 0.05
 _VARIATION = 1e-5  # between neighbours: distinct in float32, of one size
 _SHARED = ("vera_A", "vera_B")  # PEFT's, the same in every adapter of one key
-_REDUCTION = 16
 _DENSITY = 0.005
-
-Write = Callable[[PreTrainedModel, Workload, Path], None]
-"""Write one adapter for a base that is the function's own into a folder that is there."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,13 @@ def _varied(key: str, tensor: Tensor, index: int) -> Tensor:
     return tensor * (1 + index * _VARIATION)
 
 
-def _noise(like: Tensor) -> Tensor:
-    return torch.randn_like(like) * _NOISE
-
-
 def _by_peft(config: Callable[[Workload], peft.PeftConfig]) -> Write:
     def write(base: PreTrainedModel, workload: Workload, folder: Path) -> None:
         with torch.enable_grad():
             model = peft.get_peft_model(base, config(workload))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(_noise(parameter))
+                parameter.add_(noise(parameter))
         model.save_pretrained(folder, save_embedding_layers=False)
 
     return write
@@ -106,45 +99,33 @@ def _own(method: str, make: Callable[[PreTrainedModel], Mapping[str, Tensor]]) -
     """In Medley's own format, tensors alone."""
 
     def write(base: PreTrainedModel, workload: Workload, folder: Path) -> None:
-        _write(folder, {"medley_method": method}, make(base), WEIGHTS_FILE)
+        write_folder(folder, {"medley_method": method}, make(base), WEIGHTS_FILE)
 
     return write
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> None:
-    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    if tensors:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / weights)
-
-
 def _text_prompt(base: PreTrainedModel, workload: Workload, folder: Path) -> None:
     ids = torch.randint(workload.size.vocabulary, (workload.virtual_tokens,)).tolist()
-    _write(folder, {"medley_method": "text_prompt", "token_ids": ids}, {}, WEIGHTS_FILE)
-
-
-def _linears(base: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Of the layers."""
-    modules = base.get_submodule("model.layers").named_modules(prefix="model.layers")
-    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    write_folder(folder, {"medley_method": "text_prompt", "token_ids": ids}, {}, WEIGHTS_FILE)
 
 
 def _bitfit(base: PreTrainedModel) -> dict[str, Tensor]:
     """A bias for every linear module and every norm."""
-    widths = {name: module.out_features for name, module in _linears(base).items()}
+    widths = {name: module.out_features for name, module in linears(base).items()}
     norms = {key.removesuffix(".weight"): len(weight) for key, weight in base.state_dict().items() if "norm" in key}
-    return {f"{name}.bias": _noise(torch.empty(width)) for name, width in {**widths, **norms}.items()}
+    return {f"{name}.bias": noise(torch.empty(width)) for name, width in {**widths, **norms}.items()}
 
 
 def _adapter_bias(base: PreTrainedModel) -> dict[str, Tensor]:
     """At each layer's last linear module."""
     tensors: dict[str, Tensor] = {}
-    for name, module in _linears(base).items():
+    for name, module in linears(base).items():
         if name.endswith("down_proj"):
-            width, key = module.out_features, f"{name}.adapter_bias"
+            key = f"{name}.adapter_bias"
             tensors |= {
-                f"{key}.vector": _noise(torch.empty(width)),
-                f"{key}.alpha.weight": _noise(torch.empty(1, width)),
-                f"{key}.alpha.bias": _noise(torch.empty(1)),
+                f"{key}.vector": noise(torch.empty(module.out_features)),
+                f"{key}.alpha.weight": noise(torch.empty(1, module.in_features)),
+                f"{key}.alpha.bias": noise(torch.empty(1)),
             }
     return tensors
 
@@ -152,10 +133,10 @@ def _adapter_bias(base: PreTrainedModel) -> dict[str, Tensor]:
 def _sparse(base: PreTrainedModel) -> dict[str, Tensor]:
     """Half a hundredth of every weight of the layers."""
     tensors = {}
-    for name, module in _linears(base).items():
+    for name, module in linears(base).items():
         count = max(1, int(module.weight.numel() * _DENSITY))
         tensors[f"{name}.weight.indices"] = torch.randint(module.weight.numel(), (count,), dtype=torch.int32)
-        tensors[f"{name}.weight.values"] = _noise(torch.empty(count))
+        tensors[f"{name}.weight.values"] = noise(torch.empty(count))
     return tensors
 
 
@@ -163,37 +144,7 @@ def _top_layers(base: PreTrainedModel) -> dict[str, Tensor]:
     """The last layer whole."""
     last = f"model.layers.{base.config.num_hidden_layers - 1}."
     state = base.state_dict()
-    return {name: tensor + _noise(tensor) for name, tensor in state.items() if name.startswith(last)}
-
-
-def _bottleneck(*places: str, **settings: Any) -> Write:
-    """AdapterHub's, `places` among `mh_adapter`, `output_adapter`."""
-    config = {
-        "mh_adapter": "mh_adapter" in places,
-        "output_adapter": "output_adapter" in places,
-        "reduction_factor": _REDUCTION,
-        "non_linearity": "relu",
-        "original_ln_before": not settings.get("is_parallel", False),
-        **settings,
-    }
-    outer = {"name": "task", "model_type": "llama", "version": "adapters.1.3.0", "config": config}
-    part = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
-
-    def write(base: PreTrainedModel, workload: Workload, folder: Path) -> None:
-        width, narrow = workload.size.width, max(1, workload.size.width // _REDUCTION)
-        tensors: dict[str, Tensor] = {}
-        for layer in range(workload.size.layers):
-            for place in places:
-                key = f"model.layers.{layer}.{part[place]}.adapters.task"
-                tensors |= {
-                    f"{key}.adapter_down.0.weight": _noise(torch.empty(narrow, width)),
-                    f"{key}.adapter_down.0.bias": _noise(torch.empty(narrow)),
-                    f"{key}.adapter_up.weight": _noise(torch.empty(width, narrow)),
-                    f"{key}.adapter_up.bias": _noise(torch.empty(width)),
-                }
-        _write(folder, outer, tensors, HUB_WEIGHTS_FILE)
-
-    return write
+    return {name: tensor + noise(tensor) for name, tensor in state.items() if name.startswith(last)}
 
 
 def _lora(**settings: Any) -> Write:
@@ -235,14 +186,21 @@ RECIPES = (
     Recipe("loha", "", _targets(peft.LoHaConfig, r=8)),
     Recipe("lokr", "", _targets(peft.LoKrConfig, r=8)),
     Recipe("miss", "", _targets(peft.MissConfig, r=8)),
+    Recipe("hra", "", _targets(peft.HRAConfig, r=8)),
+    Recipe("c3a", "", _targets(peft.C3AConfig, block_size=16)),
+    Recipe("road", "", _targets(peft.RoadConfig, group_size=16)),
+    Recipe("shira", "", _targets(peft.ShiraConfig, r=2)),
+    Recipe("beft", "", _targets(peft.BeftConfig)),
     Recipe(
         "trainable_tokens", "", _by_peft(lambda _: peft.TrainableTokensConfig(task_type=_CAUSAL, token_indices=[1]))
     ),
     Recipe("ln_tuning", "", _targets(peft.LNTuningConfig, target_modules=".*norm")),
     Recipe("adaption_prompt", "", _by_peft(_adaption_prompt)),
-    Recipe("bottleneck", "seq_bn", _bottleneck("output_adapter")),
-    Recipe("bottleneck", "double_seq_bn", _bottleneck("mh_adapter", "output_adapter", original_ln_before=False)),
-    Recipe("bottleneck", "par_bn", _bottleneck("output_adapter", is_parallel=True, scaling=4.0)),
+    Recipe("bottleneck", "seq_bn", bottleneck("output_adapter")),
+    Recipe("bottleneck", "double_seq_bn", bottleneck("mh_adapter", "output_adapter", original_ln_before=False)),
+    Recipe("bottleneck", "par_bn", bottleneck("output_adapter", is_parallel=True, scaling=4.0)),
+    Recipe("adapter_fusion", "two seq_bn", fusion),
+    Recipe("union", "LoRA and seq_bn", union),
     Recipe("named_deltas", "BitFit", _own("named_deltas", _bitfit)),
     Recipe("named_deltas", "AdapterBias", _own("named_deltas", _adapter_bias)),
     Recipe("sparse", "0.5 %", _own("sparse", _sparse)),

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from demo.skills import Example, examples
 from demo.tasks import ADAPTERS, BASE, BASE_NAME, RECIPES, TUNING_EPOCHS, TUNING_EXAMPLES, VALIDATION_EXAMPLES, DemoTask
-from server.tuning import ProgressBar, TuneReport, TuneSettings, tune
+from server.tuning import ProgressBar, TuneSettings
+from server.tuning.trainer import TuneReport, tune
 
 
 def write_examples(path: Path, rows: list[Example]) -> None:

@@ -2,7 +2,8 @@
 
     MedleyError
     ├── RequestError     what one caller asked for cannot be served; carries a stable `code`
-    │   └── AdapterError  an adapter's files are wrong, unsupported or do not fit the base
+    │   ├── AdapterError  an adapter's files are wrong, unsupported or do not fit the base
+    │   └── QuotaError    the caller's API key has used what it may
     └── StartupError     the server cannot start as configured; the message says how to mend it
 
 A `RequestError` crosses from the engine process to the HTTP process as its three fields; `server.api.errors`
@@ -32,6 +33,14 @@ class RequestError(MedleyError):
 
 class AdapterError(RequestError):
     """An adapter that is refused: `code` is one of the contract's bad-upload codes."""
+
+
+class QuotaError(RequestError):
+    """A quota that is used up: `param` is its name, `retry_after` the seconds until asking again is worth it."""
+
+    def __init__(self, quota: str, message: str, retry_after: int) -> None:
+        super().__init__("quota_exceeded", message, quota)
+        self.retry_after = retry_after
 
 
 class StartupError(MedleyError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
@@ -27,8 +27,14 @@ class Settings(BaseSettings):
     model: str | None = Field(None, description="hub id or folder of the base; absent: the bundled demo base")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one")
+    auth: bool = Field(False, description="ask every caller for an API key, made by `medley keys create`")
+    insecure: bool = Field(False, description="let anyone who reaches another address than loopback do everything")
     redis_url: str | None = Field(None, description="index; absent: a private Redis in the data folder")
-    store: str | None = Field(None, description="blob store folder; absent: `blobs` in the data folder")
+    store: str | None = Field(
+        None, description="blob store: a folder or s3://bucket/prefix; absent: `blobs` in the data folder"
+    )
+    store_cache: PositiveFloat = Field(10.0, description="GiB of a bucket's blobs that are kept in the data folder")
+    garbage_grace: NonNegativeFloat = Field(86_400.0, description="seconds until a blob that nobody names is deleted")
     data_dir: Path = Field(Path("medley-data"), description="folder of everything this server keeps")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base runs")

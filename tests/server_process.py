@@ -42,10 +42,13 @@ def write_long_base(folder: Path) -> Path:
 class ServerProcess:
     """A server in its own session. As a context manager it waits until it is ready, and leaves nothing behind."""
 
-    def __init__(self, model: Path | None, data: Path, *options: str, **variables: str) -> None:
+    def __init__(
+        self, model: Path | None, data: Path, *options: str, wrapper: Sequence[str] = (), **variables: str
+    ) -> None:
+        """`wrapper`: a command that has to replace itself by the one that follows it."""
         self.data = data
         self._log = data.with_suffix(".log")
-        command = [MEDLEY, "serve", "--data-dir", str(data), "--port", "0", *options]
+        command = [*wrapper, MEDLEY, "serve", "--data-dir", str(data), "--port", "0", *options]
         if model is not None:
             command += ["--model", str(model)]
         with self._log.open("ab") as log:

@@ -7,15 +7,19 @@ methods      the table of methods
 deltas       the row deltas that methods share
 pool         the device memory of all adapters, as rows that are picked out by index
 resident     an adapter in the pool: its layout and its place
+loads        adapters on their way from the blob store, and those that failed and rest
+tickets      who waits for which adapters, and in whose turn
 bank         the adapters resident on the device, loaded beside the steps, bounded in bytes
+stacks       which adapters can be laid over one another
 """
 
 from server.adapters.bank import Bank
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, MethodFacts, Prefix
+from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, MethodFacts, Prefix, TokenPrefix
 from server.adapters.methods import METHODS, read_adapter
 from server.adapters.pool import RowPool
 from server.adapters.resident import Resident
+from server.adapters.stacks import why_no_stack
 
 __all__ = [
     "METHODS",
@@ -28,5 +32,7 @@ __all__ = [
     "Prefix",
     "Resident",
     "RowPool",
+    "TokenPrefix",
     "read_adapter",
+    "why_no_stack",
 ]

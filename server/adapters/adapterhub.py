@@ -1,7 +1,8 @@
 """The format of AdapterHub's `adapters`: which of its methods a checkpoint holds.
 
 `adapter_config.json` has the adapter's `name`, which is part of its tensors' names, and the method's own config as
-`config`, whose `architecture` tells the method (absent: a bottleneck). `adapter.safetensors` has the tensors. Beside
+`config`, whose `architecture` tells the method (absent: a bottleneck; a fusion of several, where there are also
+`adapter_names`). `adapter.safetensors` has the tensors. Beside
 them may lie a prediction head (`head_config.json`, `model_head.safetensors`), which the library saves by default: one
 that classifies is served (`heads`), and one that is the base's own output layer, as the library writes it untrained,
 changes nothing and is accepted.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from server.adapters import adapterhub_low_rank, adapterhub_prefix, bottleneck
+from server.adapters import adapterhub_low_rank, adapterhub_prefix, bottleneck, fusion, union
 from server.adapters.checkpoint import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, Checkpoint
 from server.adapters.heads import read_hub_head
 from server.adapters.hub_part import HubPart
@@ -35,6 +36,7 @@ _READERS: dict[str | None, Callable[[HubPart, BaseShape], Adapter]] = {
     None: bottleneck.read,
     "lora": adapterhub_low_rank.read,
     "prefix_tuning": adapterhub_prefix.read,
+    "union": union.read,
 }
 
 
@@ -60,7 +62,8 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     head = read_hub_head(checkpoint, name, base)
     if head is None:
         _check_head(checkpoint, base)
-    adapter = reader(HubPart(checkpoint.part(config), name, _version(outer.get("version"))), base)
+    part = HubPart(checkpoint.part(config), name, _version(outer.get("version")))
+    adapter = fusion.read(part, outer, base) if fusion.NAMES_KEY in outer else reader(part, base)
     own = sum(tensor.numel() for tensor in (checkpoint.head or {}).values()) if head else 0
     return replace(adapter, head=head, parameters=adapter.parameters + own)
 

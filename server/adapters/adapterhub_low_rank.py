@@ -38,6 +38,20 @@ _ALPHA_SINCE = (1, 1)  # the version whose training first scaled by alpha
 def read(part: HubPart, base: BaseShape) -> Adapter:
     """See the module."""
     checkpoint = part.checkpoint
+    deltas, rank = take_deltas(part, base)
+    checkpoint.close()
+    return Adapter(
+        method=ia3.NAME if rank is None else lora.NAME,
+        deltas=deltas,
+        parameters=checkpoint.parameters,
+        rank=rank,
+        warnings=tuple(checkpoint.warnings),
+    )
+
+
+def take_deltas(part: HubPart, base: BaseShape) -> tuple[dict[str, RowDelta], int | None]:
+    """The deltas of a `lora` config, a file's only one or one of a union, and its rank; None for (IA)³."""
+    checkpoint = part.checkpoint
     checkpoint.check_keys(used=_USED, training_only=_TRAINING_ONLY, unsupported=_UNSUPPORTED)
     mode = checkpoint.config.get("composition_mode")
     if mode not in ("add", "scale"):
@@ -55,14 +69,7 @@ def read(part: HubPart, base: BaseShape) -> Adapter:
             if site not in base.sites:
                 raise AdapterError("base_mismatch", f"this base has no module {site}, which the adapter changes", site)
             deltas[site] = _delta(part, base, site, rank, alpha, is_scale=mode == "scale")
-    checkpoint.close()
-    return Adapter(
-        method=ia3.NAME if mode == "scale" else lora.NAME,
-        deltas=deltas,
-        parameters=checkpoint.parameters,
-        rank=None if mode == "scale" else rank,
-        warnings=tuple(checkpoint.warnings),
-    )
+    return deltas, None if mode == "scale" else rank
 
 
 def _delta(part: HubPart, base: BaseShape, site: str, rank: int, alpha: float, *, is_scale: bool) -> RowDelta:

@@ -39,23 +39,30 @@ _UNSUPPORTED = ("use_gating", "leave_out")  # without its prefix a layer would h
 def read(part: HubPart, base: BaseShape) -> Adapter:
     """See the module."""
     checkpoint = part.checkpoint
+    prefix, repeated = take_prefix(part, base)
+    checkpoint.close()
+    return Adapter(
+        method=prefix_tuning.NAME,
+        prefix=prefix,
+        parameters=checkpoint.parameters - repeated,
+        warnings=tuple(checkpoint.warnings),
+    )
+
+
+def take_prefix(part: HubPart, base: BaseShape) -> tuple[KeyValuePrefix, int]:
+    """The prefix of a config, a file's only one or one of a union, and how many values are repetitions of others."""
+    checkpoint = part.checkpoint
     checkpoint.check_keys(used=_USED, training_only=_TRAINING_ONLY, unsupported=_UNSUPPORTED)
     length = checkpoint.integer("prefix_length")
     width = key_value_width(base)
     own = f"model.prefix_tuning.prefix_tunings.{part.name}.self_prefix."
     total = len(base.layers) * 2 * width
-    tensors = _take_all(part, base, own, _shapes(part, base, length, total))
+    tensors, repeated = _take_all(part, base, own, _shapes(part, base, length, total))
     if checkpoint.config.get("flat"):
         flat = tensors["control_trans"]
     else:
         flat = checkpoint.finite(f"{own}control_trans.2.weight", _project(part, tensors).to(base.dtype))
-    checkpoint.close()
-    return Adapter(
-        method=prefix_tuning.NAME,
-        prefix=KeyValuePrefix(length, layer_entries(flat, length, width), takes_positions=False),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        warnings=tuple(checkpoint.warnings),
-    )
+    return KeyValuePrefix(length, layer_entries(flat, length, width), takes_positions=False), repeated
 
 
 def _project(part: HubPart, tensors: dict[str, Tensor]) -> Tensor:
@@ -84,15 +91,21 @@ def _shapes(part: HubPart, base: BaseShape, length: int, total: int) -> dict[str
     }
 
 
-def _take_all(part: HubPart, base: BaseShape, own: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Take the tensors and their repetitions, which must be equal."""
+def _take_all(
+    part: HubPart, base: BaseShape, own: str, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], int]:
+    """Take the tensors and their repetitions, which must be equal. Also says how many values were repeated."""
     checkpoint = part.checkpoint
     tensors = {key: checkpoint.take(own + key, shape) for key, shape in shapes.items()}
+    repeated = 0
     for layer in range(len(base.layers)):
         pool = f"model.layers.{layer}.self_attn.prefix_tuning.pool.prefix_tunings.{part.name}.self_prefix."
         for key, shape in shapes.items():
-            repeated = pool + key
-            if repeated in checkpoint.names and not torch.equal(checkpoint.take(repeated, shape), tensors[key]):
-                message = f"tensor {repeated} differs from {own + key}; in one file they are the same tensor"
-                raise AdapterError("base_mismatch", message, repeated)
-    return tensors
+            name = pool + key
+            if name not in checkpoint.names:
+                continue
+            if not torch.equal(checkpoint.take(name, shape), tensors[key]):
+                message = f"tensor {name} differs from {own + key}; in one file they are the same tensor"
+                raise AdapterError("base_mismatch", message, name)
+            repeated += tensors[key].numel()
+    return tensors, repeated

@@ -4,10 +4,11 @@ Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Large Language Models wit
 2024. Checkpoint (PEFT `ADAPTION_PROMPT`): for each of the last `adapter_layers` layers `adaption_prompt` P
 `[1, adapter_len, hidden]` and `adaption_gate` g `[1]`. With k = W_k P and v = W_v P by the layer's own projections,
 computed when the adapter is read, and q the queries after rotation, g softmax(q kᵀ / √head_dim) v is added to what goes
-into the output projection. PEFT runs that projection a second time for the addition, its bias too.
+into the output projection. PEFT runs that projection a second time for the addition, its bias too. On GPT-2, whose
+c_attn makes queries, keys and values at once, it adds the same behind the output projection: `residual_attention`.
 
-Where the base's attention has other projections than q_proj, k_proj, v_proj and o_proj, or norms queries, PEFT does
-something else or nothing, and the adapter is refused.
+Where the base's attention has other projections than these or q_proj, k_proj, v_proj and o_proj, or norms queries, PEFT
+does something else or nothing, and the adapter is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import shift
 from server.adapters.method import Adapter, MethodFacts
+from server.adapters.residual_attention import residual_attention
 from server.adapters.targets import KEY_PREFIX
 from server.errors import AdapterError
 from server.model import BaseShape, DeltaKind, LayerShape, RowDelta, SiteKind
@@ -31,10 +33,12 @@ FACTS = MethodFacts(
     name=NAME,
     mechanism="row delta: attention",
     formats=("PEFT ADAPTION_PROMPT",),
-    parameters="adapter_len·h + 1 for each of the top layers; resident: twice adapter_len rows of the keys' width",
+    parameters="adapter_len·h + 1 for each of the top layers; resident: twice adapter_len rows of the keys' width; "
+    "on GPT-2 as many more as there are heads",
     cost="a second, short attention in each of the top layers",
 )
 
+_JOINT = "c_attn"  # GPT-2's
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -73,12 +77,34 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         raise AdapterError("base_mismatch", message, "adapter_layers")
     deltas: dict[str, RowDelta] = {}
     for name, shape in chosen[-count:]:
+        if f"{name}.{_JOINT}" in base.sites:
+            site, delta = _behind_projection(checkpoint, base, name, shape, length)
+            deltas[site] = delta
+            continue
         deltas[name] = _delta(checkpoint, base, name, shape, length)
         output_bias = base.bias(f"{name}.o_proj")
         if output_bias is not None:
             deltas[f"{name}.o_proj"] = shift(output_bias.cpu())
     checkpoint.close()
     return Adapter(method=NAME, deltas=deltas, parameters=checkpoint.parameters, warnings=tuple(checkpoint.warnings))
+
+
+def _behind_projection(
+    checkpoint: Checkpoint, base: BaseShape, name: str, shape: LayerShape, length: int
+) -> tuple[str, RowDelta]:
+    """The site and the delta of a layer like GPT-2's."""
+    block = next((block for block in base.blocks if block.is_attention and name.startswith(f"{block.layer}.")), None)
+    width = base.embedding_width
+    is_like = base.sites[f"{name}.{_JOINT}"].outputs == 3 * width and shape.kv_heads * shape.head_dim == width
+    if block is None or not is_like:
+        message = f"{name} has a {_JOINT} and is not like GPT-2's, so this method cannot be served on this base"
+        raise AdapterError("base_mismatch", message, "target_modules")
+    key = f"{KEY_PREFIX}{name}.adaption_"
+    prompt = checkpoint.take(f"{key}prompt", (1, length, width))[0]
+    delta = residual_attention(base, block, f"{name}.{_JOINT}", prompt, checkpoint.take(f"{key}gate", (1,)))
+    for part in delta.blocks:
+        checkpoint.finite(f"{key}prompt", part)
+    return block.site, delta
 
 
 def _delta(checkpoint: Checkpoint, base: BaseShape, name: str, shape: LayerShape, length: int) -> RowDelta:

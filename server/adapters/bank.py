@@ -9,7 +9,10 @@ nobody's many cold adapters come before all of another's. One that must wait, fo
 ones whose adapters are resident pass: a cold task never stops the hot ones. That lasts for `PATIENCE` looks; then
 nobody behind passes any more, what is held drains, and the wait of the cold ticket has an end.
 
-Everything but the loads runs on the engine's thread.
+Pinned adapters are loaded ahead and stay: each is held by a ticket of the bank's own. What could never fit beside them
+is refused.
+
+Everything but the loads (`loads`) runs on the engine's thread.
 """
 
 from __future__ import annotations
@@ -17,81 +20,66 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from operator import itemgetter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
+from server.adapters.loads import AdapterKey, Loads
 from server.adapters.method import Adapter
 from server.adapters.pool import RowPool
 from server.adapters.resident import Layout, Loaded, Resident
 from server.adapters.shared import SharedMatrices
+from server.adapters.tickets import Ticket, in_turn
 from server.errors import RequestError
 
 logger = logging.getLogger("medley.bank")
 
 PATIENCE = 64  # looks, one per step, that a ticket without room lets others pass
 _LOADS = 4  # adapters read but not yet resident, at most: what the bank may use of host memory beside itself
+_TOO_LARGE = "adapter_too_large"
+_PINS = " pinned"  # the client of the bank's own tickets; no id has a space
 
 Loader = Callable[[Mapping[str, str]], Adapter]
 """From file names and their blobs' sha256 to the adapter, in host memory."""
 
 
-@dataclass(frozen=True)
-class AdapterKey:
-    """An adapter by content."""
-
-    digest: str
-    files: Mapping[str, str]  # file name → sha256 of its blob
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One sequence's wish for its stack."""
-
-    owner: str
-    keys: tuple[AdapterKey, ...]
-    client: str = ""  # whose it is
-    stack: tuple[Resident, ...] | None = None  # once granted
-    error: RequestError | None = None
-    refusals: int = field(default=0, repr=False)  # looks that found everything loaded but no room
-
-
-@dataclass
-class _Load:
-    future: Future[Loaded]
-    started: float
-    seconds: float = 0.0
-    ended: bool = False  # when the look under way began: all tickets of a look see the same
-
-
 class Bank:
     """See the module."""
 
-    def __init__(self, capacity: int, pool: RowPool, loader: Loader, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        pool: RowPool,
+        loader: Loader,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`capacity` in bytes, of which `pool` has as many. `wake` is called from a loader's thread when a load has
-        ended."""
+        ended. `clock` gives seconds, by which failed loads rest."""
         self.capacity = capacity
         self.pool = pool
         self.used = 0
+        self.pinned_bytes = 0  # of the pinned adapters that are resident
         self.load_seconds: list[float] = []  # of loads that became resident, until somebody takes them
-        self._loader = loader
-        self._wake = wake
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._layouts: WeakValueDictionary[int, Layout] = WeakValueDictionary()  # by hash, of who is resident
         self._users: Counter[SharedMatrices] = Counter()  # residents that have them
         self._queue: list[Ticket] = []
-        self._loads: dict[str, _Load] = {}
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
+        self._pins: dict[str, Ticket] = {}  # by digest; they hold what is pinned, wait for it, or have failed
+        self._loads = Loads(lambda files: Loaded.of(loader(files), pool.device), wake, clock)
 
     def __len__(self) -> int:
         return len(self._residents)
 
     @property
     def waiting(self) -> int:
-        """Tickets not yet granted."""
-        return len(self._queue)
+        """Requests' tickets not yet granted."""
+        return sum(1 for ticket in self._queue if ticket.client != _PINS)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `advance` would find a load that has ended."""
+        return self._loads.has_ended
 
     def request(self, owner: str, keys: Sequence[AdapterKey], client: str = "") -> Ticket:
         """Queue for a stack; `advance` says when it is granted."""
@@ -109,12 +97,27 @@ class Bank:
             resident.holders -= 1
         ticket.stack = None
 
+    def pin(self, keys: Iterable[AdapterKey]) -> None:
+        """These, and no others, are to stay resident from now on; those that are not are loaded as soon as may be."""
+        wanted = {key.digest: key for key in keys}
+        for digest, ticket in list(self._pins.items()):
+            if digest not in wanted or ticket.error is not None:
+                self.cancel(self._pins.pop(digest))
+        for digest, key in wanted.items():
+            if digest not in self._pins:
+                self._pins[digest] = self.request(digest, [key], _PINS)
+        self._count_pinned()
+
+    def heal(self, blobs: Collection[str]) -> None:
+        """These blobs are whole again: what failed for them need not rest any longer."""
+        self._loads.heal(blobs)
+
     def advance(self) -> list[Ticket]:
-        """Look once: the tickets that are now granted or failed, in their clients' turn."""
+        """Look once: the requests' tickets that are now granted or failed, in their clients' turn."""
         settled: list[Ticket] = []
-        for load in self._loads.values():
-            load.ended = load.future.done()
-        for place, ticket in enumerate(self._in_turn()):
+        self._loads.look()
+        self._try_pins_again()
+        for place, ticket in enumerate(in_turn(self._queue)):
             self._settle(ticket, is_first=place == 0)
             if ticket.stack is not None or ticket.error is not None:
                 settled.append(ticket)
@@ -123,94 +126,111 @@ class Bank:
         if settled:
             done = set(map(id, settled))
             self._queue = [ticket for ticket in self._queue if id(ticket) not in done]
-        self._forget_unwanted_loads()
-        return settled
+        if self._loads:
+            self._loads.forget_all_but({key.digest for ticket in self._queue for key in ticket.keys})
+        pins = [ticket for ticket in settled if ticket.client == _PINS]
+        if pins:
+            self._count_pinned()
+            for pin in pins:
+                if pin.error is not None:
+                    logger.error("adapter %s cannot be pinned: %s", pin.owner, pin.error)
+        return [ticket for ticket in settled if ticket.client != _PINS]
 
     def close(self) -> None:
         """Stop the loader's threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._loads.close()
 
-    def _in_turn(self) -> list[Ticket]:
-        """What waits: every client's first, every client's second, …; among those in order of arrival."""
-        seen: Counter[str] = Counter()
-        rounds: list[tuple[int, Ticket]] = []
-        for ticket in self._queue:
-            rounds.append((seen[ticket.client], ticket))
-            seen[ticket.client] += 1
-        return [ticket for _, ticket in sorted(rounds, key=itemgetter(0))]
+    def _try_pins_again(self) -> None:
+        """Queue pins whose load failed and need not rest any longer. One that is too large stays out."""
+        for digest, pin in self._pins.items():
+            if pin.error is not None and pin.error.code != _TOO_LARGE and self._loads.error(digest) is None:
+                pin.error = None
+                self._queue.append(pin)
+
+    def _count_pinned(self) -> None:
+        self.pinned_bytes = _bytes([item for digest, item in self._residents.items() if self._is_pinned(digest)])
+
+    def _is_pinned(self, digest: str) -> bool:
+        """Whether it is resident and stays."""
+        pin = self._pins.get(digest)
+        return pin is not None and pin.stack is not None
 
     def _settle(self, ticket: Ticket, *, is_first: bool) -> None:
         keys = {key.digest: key for key in ticket.keys}  # a stack may name the same content twice
         missing = [key for digest, key in keys.items() if digest not in self._residents]
-        self._start_loads([key for key in missing if key.digest not in self._loads], is_first)
-        arrived = [loaded for key in missing if (loaded := self._arrived(key, ticket)) is not None]
-        if ticket.error is not None or len(arrived) < len(missing):
+        ticket.error = next((error for key in missing if (error := self._loads.error(key.digest)) is not None), None)
+        if ticket.error is not None:
             return
-        if not self._make_room(arrived, ticket):
+        self._start_loads([key for key in missing if key.digest not in self._loads], is_first)
+        arrived = [loaded for key in missing if (loaded := self._loads.arrived(key.digest)) is not None]
+        if len(arrived) < len(missing) or not self._make_room(arrived, ticket):
             return
         for key, loaded in zip(missing, arrived, strict=True):
             if not self._place(key.digest, loaded, ticket):
                 return
+        if not keys.keys() <= self._residents.keys():  # the room for one was made at the cost of another
+            ticket.error = self._too_large()
+            return
         for key in ticket.keys:
             self._residents.move_to_end(key.digest)
         ticket.stack = tuple(self._residents[key.digest] for key in ticket.keys)
         for resident in ticket.stack:
             resident.holders += 1
 
-    def _arrived(self, key: AdapterKey, ticket: Ticket) -> Loaded | None:
-        """The adapter if its load has ended."""
-        load = self._loads.get(key.digest)
-        if load is None or not load.ended:
-            return None
-        error = load.future.exception()
-        if error is None:
-            return load.future.result()
-        del self._loads[key.digest]
-        if not isinstance(error, RequestError):  # out of memory, say: its own requests fail, nobody else's
-            logger.error("an adapter's load failed unexpectedly", exc_info=error)
-            error = RequestError("adapter_unavailable", f"the adapter cannot be loaded: {error!r}")
-        ticket.error = error
-        return None
-
     def _start_loads(self, keys: list[AdapterKey], is_first: bool) -> None:
         """Load what a ticket lacks: all or nothing, for halves of several stacks could hold all places for ever. The
         first ticket's loads start in any case, however large its stack."""
         if is_first or len(self._loads) + len(keys) <= _LOADS:
             for key in keys:
-                self._start(key)
-
-    def _start(self, key: AdapterKey) -> None:
-        load = _Load(self._threads.submit(self._load, key.files), time.perf_counter())
-        self._loads[key.digest] = load
-
-        def ended(_: Future[Loaded]) -> None:
-            load.seconds = time.perf_counter() - load.started
-            self._wake()
-
-        load.future.add_done_callback(ended)
-
-    def _load(self, files: Mapping[str, str]) -> Loaded:
-        return Loaded.of(self._loader(files), self.pool.device)
+                self._loads.start(key)
 
     def _place(self, digest: str, loaded: Loaded, ticket: Ticket) -> bool:
         """Write a loaded adapter into the pool; for lack of one free range that is large enough, idle ones go."""
         own = {key.digest for key in ticket.keys}
         first = self.pool.take(loaded.counts)
-        while first is None:
-            if not self._evict(own):
-                if not any(resident.holders for resident in self._residents.values()):
-                    while self._evict(set()):  # the ticket's own stand in the way: loaded again, all find room
-                        pass
-                ticket.refusals += 1
-                return False
+        while first is None and self._evict(own):
             first = self.pool.take(loaded.counts)
+        if first is None and not any(
+            resident.holders > self._is_pinned(known) for known, resident in self._residents.items()
+        ):
+            self._compact()
+            first = self.pool.take(loaded.counts)
+            if first is None:
+                ticket.error = self._too_large()
+                return False
+        if first is None:
+            ticket.refusals += 1
+            return False
         loaded.write(self.pool, first)
-        self.load_seconds.append(self._loads.pop(digest).seconds)
+        self.load_seconds.append(self._loads.take(digest))
         layout = self._known(loaded.layout)
         self._residents[digest] = Resident(digest, layout, loaded.counts, first, loaded.bytes, head=loaded.head)
         self.used += self._growth([loaded])
         self._users.update(loaded.layout.shared)
         return True
+
+    def _compact(self) -> None:
+        """Move all residents together, those of many rows first: no step uses them, and what is free becomes one
+        range. Who moves is another resident from then on, for plans of steps may be kept by the old one."""
+        rows = {
+            digest: {
+                width: self.pool.rows(width)[start : start + resident.counts[width]].clone()
+                for width, start in resident.first.items()
+            }
+            for digest, resident in self._residents.items()
+        }
+        for resident in self._residents.values():
+            self.pool.give(resident.first, resident.counts)
+        for digest, resident in sorted(self._residents.items(), key=lambda item: -item[1].bytes):
+            first = self.pool.take(resident.counts)
+            if first is None:  # rows begin at multiples of their width, so another order may need more
+                self._drop(digest)
+                continue
+            self._residents[digest] = moved = replace(resident, first=first)
+            if self._is_pinned(digest):
+                self._pins[digest].stack = (moved,)
+            for width, start in first.items():
+                self.pool.rows(width)[start : start + resident.counts[width]] = rows[digest][width]
 
     def _known(self, layout: Layout) -> Layout:
         """The one object of equal layouts: steps compare them row by row."""
@@ -226,11 +246,9 @@ class Bank:
     def _make_room(self, arrived: list[Loaded], ticket: Ticket) -> bool:
         """Evict what nobody holds, least recently used first, until these fit too."""
         own = {key.digest for key in ticket.keys}
-        if _bytes([*arrived, *(item for digest, item in self._residents.items() if digest in own)]) > self.capacity:
-            ticket.error = RequestError(
-                "adapter_too_large",
-                f"this request's adapters need more than the server's adapter memory of {self.capacity} bytes",
-            )
+        staying = (item for digest, item in self._residents.items() if digest in own or self._is_pinned(digest))
+        if _bytes([*arrived, *staying]) > self.capacity:
+            ticket.error = self._too_large()
             return False
         held = (item for item in self._residents.values() if item.holders or item.digest in own)
         if _bytes([*arrived, *held]) > self.capacity:
@@ -240,25 +258,30 @@ class Bank:
             self._evict(own)
         return True
 
+    def _too_large(self) -> RequestError:
+        beside = f" beside the {self.pinned_bytes} bytes of pinned ones" if self.pinned_bytes else ""
+        message = f"these adapters do not fit into the server's adapter memory of {self.capacity} bytes{beside}"
+        return RequestError(_TOO_LARGE, message)
+
     def _evict(self, keep: set[str]) -> bool:
         """Let the least recently used adapter go that nobody holds; False where there is none."""
         for digest, resident in self._residents.items():
             if not resident.holders and digest not in keep:
-                del self._residents[digest]
                 self.pool.give(resident.first, resident.counts)
-                self._users.subtract(resident.layout.shared)
-                self.used -= self._growth([resident])
-                self._users = +self._users  # without those that nobody has
+                self._drop(digest)
                 return True
         return False
 
-    def _forget_unwanted_loads(self) -> None:
-        """Drop ended loads whose tickets are all gone: they would hold their place among the loads for ever."""
-        if self._loads:
-            wanted = {key.digest for ticket in self._queue for key in ticket.keys}
-            for digest in [digest for digest, load in self._loads.items() if load.ended]:
-                if digest not in wanted:
-                    del self._loads[digest]
+    def _drop(self, digest: str) -> None:
+        """Forget a resident whose rows are given back; one that is pinned is loaded again."""
+        resident = self._residents.pop(digest)
+        self._users.subtract(resident.layout.shared)
+        self.used -= self._growth([resident])
+        self._users = +self._users  # without those that nobody has
+        if self._is_pinned(digest):
+            self._pins[digest].stack = None
+            self._queue.append(self._pins[digest])
+            self._count_pinned()
 
 
 def _shared(adapters: Iterable[Loaded | Resident]) -> set[SharedMatrices]:

@@ -47,7 +47,8 @@ _FLAGS = {
     "ln_before": False,
     "ln_after": False,
 }
-_UNSUPPORTED = ("use_gating", "inv_adapter", "cross_adapter")
+_GATE = "use_gating"
+_UNSUPPORTED = (_GATE, "inv_adapter", "cross_adapter")
 _USED = (
     *_FLAGS,
     *_UNSUPPORTED,
@@ -92,9 +93,16 @@ def read(part: HubPart, base: BaseShape) -> Adapter:
 
 def take_places(part: HubPart, base: BaseShape) -> dict[str, RowDelta]:
     """The deltas of a bottleneck's config, a file's only one or one of a union."""
+    flags, networks = take_networks(part, base)
+    return {site: network.delta(flags) for site, network in networks.items()}
+
+
+def take_networks(part: HubPart, base: BaseShape, *, is_fused: bool = False) -> tuple[Flags, dict[str, Network]]:
+    """A bottleneck's flags, and its tensors by the site of the block. One that `is_fused` may have a gate, whose
+    tensors are left: a fusion does not use it."""
     settings, name, numbers = part.checkpoint.config, part.name, part.layers(base)
     part.checkpoint.check_keys(used=_USED, training_only=_TRAINING_ONLY, unsupported=())
-    reader = _Reader(part.checkpoint, base, settings, name)
+    reader = _Reader(part.checkpoint, base, settings, name, is_fused)
     flags = reader.flags()
     layers = list(dict.fromkeys(block.layer for block in base.blocks))
     if len(base.blocks) != 2 * len(base.layers) or len(layers) != len(base.layers):
@@ -104,15 +112,15 @@ def take_places(part: HubPart, base: BaseShape) -> dict[str, RowDelta]:
             "this base's do otherwise",
             "config",
         )
-    deltas: dict[str, RowDelta] = {}
+    networks: dict[str, Network] = {}
     for block in base.blocks:
         number = layers.index(block.layer)
         if settings.get(_IN_PLACE[block.is_attention]) and number in numbers:
             prefix = f"{block.layer}.{_PLACES[block.is_attention]}.adapters.{name}."
-            deltas[block.site] = reader.network(prefix, number).delta(flags)
-    if not deltas:
+            networks[block.site] = reader.network(prefix, number)
+    if not networks:
         raise AdapterError("bad_config", "the adapter is in no layer: mh_adapter, output_adapter, leave_out", "config")
-    return deltas
+    return flags, networks
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +131,14 @@ class _Reader:
     base: BaseShape
     settings: Mapping[str, Any]
     name: str
+    is_fused: bool
 
     def flags(self) -> Flags:
         """Which of the mathematics. Raises `unsupported_method` for what is not served."""
         for key in _UNSUPPORTED:
-            if self.settings.get(key):
+            if self.settings.get(key) and not (self.is_fused and key == _GATE):
                 message = f"{key} = {self.settings[key]!r} is not supported for bottleneck adapters"
-                if key == "use_gating":
+                if key == _GATE:
                     message += ": the library's gate averages over all tokens of a pass, so an answer has no one value"
                 raise AdapterError("unsupported_method", message, key)
         activation = self.settings.get("non_linearity")
@@ -163,6 +172,9 @@ class _Reader:
         else:
             key, factor = "scaling", torch.tensor(self.checkpoint.number("scaling", scaling), dtype=torch.float64)
         after = self._norm(f"{prefix}adapter_norm_after") if self._flag("ln_after", False) else ()
+        if self.settings.get(_GATE):
+            take(f"{prefix}gate.weight", (1, hidden))
+            take(f"{prefix}gate.bias", (1,))
         finite = self.checkpoint.finite
         return Network(
             down.t(),
@@ -207,4 +219,10 @@ class _Reader:
         if value <= 0:
             message = f"reduction_factor is {factor!r} for layer {layer}; it must be above 0"
             raise AdapterError("bad_config", message, "reduction_factor")
-        return max(1, int(self.base.embedding_width // value))
+        width = max(1, int(self.base.embedding_width // value))
+        if width > self.base.widest:  # its bias is one row of the pool
+            message = (
+                f"reduction_factor {factor!r} makes a bottleneck {width} wide; at most {self.base.widest} is served"
+            )
+            raise AdapterError("too_large", message, "reduction_factor")
+        return width

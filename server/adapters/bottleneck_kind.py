@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 from server.model import DeltaKind, RowDelta
 
-_EPSILON = 1e-5  # of both norms
+EPSILON = 1e-5  # of both norms
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leakyrelu": functional.leaky_relu,
     **{
@@ -93,7 +93,7 @@ class _Bottleneck(DeltaKind):
 
 
 def _normed(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.layer_norm(values, values.shape[-1:], eps=_EPSILON) * weight + bias
+    return functional.layer_norm(values, values.shape[-1:], eps=EPSILON) * weight + bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ Which files there are follows from the config, which tells the format:
     medley_method   our own      adapter_model.safetensors, if the method has tensors
 
 Every tensor must be taken by the method that reads the checkpoint: one that is left over would mean that the
-server answers with less than what was trained, so it refuses the checkpoint (`close`).
+server answers with less than what was trained, so it refuses the checkpoint (`close`). A method that makes more of a
+tensor than what is stored says so before it does (`expand`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ _DESCRIPTIVE = {
 class Checkpoint:
     """One adapter's config and tensors, the tensors cast to the base's dtype as they are taken."""
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, room: int | None = None
+    ) -> None:
         """Use `parse` for bytes from outside."""
         self.config = config
         self.derived: dict[str, Any] = {}  # what the server found out at the upload; see `server.api.derived`
@@ -70,10 +73,13 @@ class Checkpoint:
         self.parameters = sum(tensor.numel() for tensor in tensors.values())
         self._dtype = dtype
         self._left = dict(tensors)
+        self._room = room
+        self._expanded = 0  # bytes
 
     @classmethod
-    def parse(cls, files: Mapping[str, bytes], dtype: torch.dtype) -> Checkpoint:
-        """From the contents of the files. Raises `AdapterError` with the contract's codes."""
+    def parse(cls, files: Mapping[str, bytes], dtype: torch.dtype, room: int | None = None) -> Checkpoint:
+        """From the contents of the files; `room` is how many bytes an adapter may take resident, if that is known.
+        Raises `AdapterError` with the contract's codes."""
         if CONFIG_FILE not in files:
             raise AdapterError("missing_file", f"the adapter has no {CONFIG_FILE}", CONFIG_FILE)
         config = _parse_config(files[CONFIG_FILE])
@@ -85,7 +91,7 @@ class Checkpoint:
         weights = of_format[1]
         if weights not in files and OWN_KEY not in config:
             raise AdapterError("missing_file", f"the adapter has no {weights}", weights)
-        checkpoint = cls(config, _parse_tensors(files[weights], weights) if weights in files else {}, dtype)
+        checkpoint = cls(config, _parse_tensors(files[weights], weights) if weights in files else {}, dtype, room)
         if DERIVED_FILE in files:
             checkpoint.derived = _parse_object(files[DERIVED_FILE], DERIVED_FILE)
         if HEAD_WEIGHTS_FILE in files:
@@ -97,9 +103,10 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def open(cls, folder: Path, dtype: torch.dtype) -> Checkpoint:
-        """From a local folder that holds the files; others in it are not looked at."""
-        return cls.parse({name: (folder / name).read_bytes() for name in _FILES if (folder / name).exists()}, dtype)
+    def open(cls, folder: Path, dtype: torch.dtype, room: int | None = None) -> Checkpoint:
+        """From a local folder that holds the files; others in it are not looked at. See `parse`."""
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).exists()}
+        return cls.parse(files, dtype, room)
 
     @property
     def format_key(self) -> str:
@@ -152,6 +159,19 @@ class Checkpoint:
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError("not_finite", f"tensor {name} holds NaN or infinity in {self._dtype}", name)
         return tensor
+
+    def expand(self, name: str, values: int) -> None:
+        """Say that so many values are about to be made of the tensor or setting called `name`, to stay resident.
+
+        Raises `too_large` where they, with those before them, do not fit: a small file must not take the host's memory.
+        """
+        self._expanded += values * self._dtype.itemsize
+        if self._room is not None and self._expanded > self._room:
+            message = (
+                f"with what is made of {name} it takes at least {self._expanded} bytes resident; the server's adapter "
+                f"memory is {self._room}"
+            )
+            raise AdapterError("too_large", message, name)
 
     def integer(self, key: str) -> int:
         """A positive whole number of the config."""

@@ -32,6 +32,7 @@ class Compacter:
     def matrix(self, name: str, position: str, rows: int, columns: int) -> Tensor:
         """H `[rows, columns]` of the module called `name`, the `down` or the `up` (`position`) of its place."""
         terms, settings = self.terms, self._settings
+        self._checkpoint.expand(name, rows * columns)
         rule = self._product(
             f"{self._prefix}phm_rule" if settings.get("shared_phm_rule", True) else f"{name}.phm_rule",
             (terms, terms, terms),

@@ -14,6 +14,9 @@ from server.model import DeltaKind, NormForm, RowDelta
 
 @dataclass(frozen=True)
 class _OutputScale(DeltaKind):
+    is_elementwise = True
+    compiled = "scale"
+
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
         (change,) = blocks  # [groups, 1, out]
         outputs.addcmul_(outputs, change)
@@ -22,6 +25,8 @@ class _OutputScale(DeltaKind):
 @dataclass(frozen=True)
 class _InputScale(DeltaKind):
     changes_input = True
+    is_elementwise = True
+    compiled = "scale"
 
     def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:
         (change,) = blocks  # [groups, 1, in]
@@ -30,6 +35,8 @@ class _InputScale(DeltaKind):
 
 @dataclass(frozen=True)
 class _LowRank(DeltaKind):
+    compiled = "low_rank"
+
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
         down, up = blocks  # [groups, rank, in], [groups, rank, out]
         if len(inputs) == 1:
@@ -55,6 +62,9 @@ def low_rank(down: Tensor, up: Tensor) -> RowDelta:
 
 @dataclass(frozen=True)
 class _Shift(DeltaKind):
+    is_elementwise = True
+    compiled = "shift"
+
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
         (shift,) = blocks  # [groups, 1, out]
         outputs.add_(shift)
@@ -64,6 +74,8 @@ class _Shift(DeltaKind):
 class _InTurn(DeltaKind):
     kinds: tuple[DeltaKind, ...]
     counts: tuple[int, ...]  # blocks of each
+    is_relative: bool
+    by_adapter: bool
 
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
         start = 0
@@ -89,13 +101,14 @@ def shift(values: Tensor) -> RowDelta:
     return RowDelta(_Shift(), (values[None],))
 
 
-def in_turn(*deltas: RowDelta) -> RowDelta:
+def in_turn(*deltas: RowDelta, is_relative: bool = False) -> RowDelta:
     """One change of a module's output after another, each of what the one before has made of it; all see the same
-    input. For one delta it is that delta."""
+    input. For one delta it is that delta. `is_relative`: together they are meant for the base's own output."""
     assert not any(delta.kind.changes_input for delta in deltas), "the order of input changes is the reverse"
     if len(deltas) == 1:
         return deltas[0]
-    kind = _InTurn(tuple(delta.kind for delta in deltas), tuple(len(delta.blocks) for delta in deltas))
+    kinds, counts = tuple(delta.kind for delta in deltas), tuple(len(delta.blocks) for delta in deltas)
+    kind = _InTurn(kinds, counts, is_relative, by_adapter=any(kind.by_adapter for kind in kinds))
     return RowDelta(kind, tuple(block for delta in deltas for block in delta.blocks))
 
 
@@ -118,8 +131,8 @@ class _NormScale(DeltaKind):
 @dataclass(frozen=True)
 class _TokenShift(DeltaKind):
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
-        direction, weight, bias = blocks  # [groups, 1, out], [groups, 1, out], [groups, 1, 1]
-        outputs.addcmul_((outputs * weight).sum(-1, keepdim=True) + bias, direction)
+        direction, weight, bias = blocks  # [groups, 1, out], [groups, 1, in], [groups, 1, 1]
+        outputs.addcmul_((inputs * weight).sum(-1, keepdim=True) + bias, direction)
 
 
 def norm_scale(change: Tensor, form: NormForm) -> RowDelta:
@@ -128,6 +141,6 @@ def norm_scale(change: Tensor, form: NormForm) -> RowDelta:
 
 
 def token_shift(direction: Tensor, weight: Tensor, bias: Tensor) -> RowDelta:
-    """y ← y + (a · y + c) v: a shift in one direction, as far as each token says. `direction` v and `weight` a `[out]`,
-    `bias` c `[1]`."""
+    """y ← y + (a · x + c) v: a shift in one direction, as far as each token's input says. `direction` v `[out]`,
+    `weight` a `[in]`, `bias` c `[1]`."""
     return RowDelta(_TokenShift(), (direction[None], weight[None], bias[None]))

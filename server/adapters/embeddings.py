@@ -2,8 +2,8 @@
 
 Low rank: h ← h + s B A[:, id]. A lies in the pool with one row for each id, and a token reads no row but its own.
 Trained rows replace the base's; they are kept as differences from them: h ← h + Δ[id] and, where the output layer's
-weight is the embedding's, y[id] ← y[id] + Δ[id] · x there too, as in PEFT. Both act on the tokens of a text. Virtual
-tokens (a prompt's, or those of a text prompt in the same stack) keep the embeddings that they have.
+weight is the embedding's, y[id] ← y[id] + Δ[id] · x there too, as in PEFT. Both act on the tokens of a text,
+a text prompt's in the same stack too. A soft prompt's virtual tokens keep the embeddings that they have.
 """
 
 from __future__ import annotations

@@ -54,11 +54,12 @@ def _factors(checkpoint: Checkpoint, base: BaseShape, name: str) -> tuple[Tensor
     """A `[rank, in]` and Bᵀ `[rank, out]` of the update B A."""
     site, key = base.sites[name], f"{KEY_PREFIX}{name}.hada"
     rank = module_rank(checkpoint, name)
+    smaller = min(site.inputs, site.outputs)
+    checkpoint.expand(f"{key}_w1_a", min(rank**2, smaller) * (site.inputs + site.outputs))
     up_1 = checkpoint.take(f"{key}_w1_a", (site.outputs, rank)).t() * module_scaling(checkpoint, name, rank, "alpha")
     up_2 = checkpoint.take(f"{key}_w2_a", (site.outputs, rank)).t()
     down_1 = checkpoint.take(f"{key}_w1_b", (rank, site.inputs))
     down_2 = checkpoint.take(f"{key}_w2_b", (rank, site.inputs))
-    smaller = min(site.inputs, site.outputs)
     if rank**2 <= smaller:
         down, up = _row_products(down_1, down_2), _row_products(up_1, up_2)
     else:

@@ -53,16 +53,23 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
 def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> RowDelta:
     site, key = base.sites[name], f"{KEY_PREFIX}{name}.lokr"
     rank = module_rank(checkpoint, name)
-    left = [factor.float() for factor in _matrix(checkpoint, f"{key}_w1", rank)]
-    scaled = (left[0] @ left[1] if len(left) == 2 else left[0]) * module_scaling(checkpoint, name, rank, "alpha")
+    left = _matrix(checkpoint, f"{key}_w1", rank)  # [a, c], or [a, rank] and [rank, c]
     right = _matrix(checkpoint, f"{key}_w2", rank)  # [b, d], or [b, rank] and [rank, d]
-    outputs, inputs = len(scaled) * len(right[0]), scaled.shape[1] * right[-1].shape[1]
+    outputs, inputs = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
     if (inputs, outputs) != (site.inputs, site.outputs):
         needed = f"this base needs [{site.outputs}, {site.inputs}]"
         message = f"{key}_w1 and {key}_w2 make [{outputs}, {inputs}] where {needed}"
         raise AdapterError("base_mismatch", message, f"{key}_w1")
-    scaled = checkpoint.finite(f"{key}_w1", scaled.to(base.dtype))
-    return kronecker(scaled, *(factor.t() for factor in reversed(right)))
+    if len(right) == 2 and rank > min(len(right[0]), right[1].shape[1]):  # then the product is the smaller one
+        right = [checkpoint.finite(f"{key}_w2_a", _product(right).to(base.dtype))]
+    scaled = _product(left) * module_scaling(checkpoint, name, rank, "alpha")
+    return kronecker(checkpoint.finite(f"{key}_w1", scaled.to(base.dtype)), *(each.t() for each in reversed(right)))
+
+
+def _product(factors: list[Tensor]) -> Tensor:
+    """In float32."""
+    first, *rest = (factor.float() for factor in factors)
+    return first @ rest[0] if rest else first
 
 
 def _matrix(checkpoint: Checkpoint, key: str, rank: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ give a module its own rank and alpha.
 
 With `lora_bias` also `lora_B.bias` `[out]`, scaled as B is: y = Wx + b + s (B A x + β). With `use_dora` also
 `lora_magnitude_vector` m `[out]`: y = c ⊙ (Wx + s B A x) + b, where c = m / ‖W + s B A‖, the norm of each row, computed
-once, when the adapter is read. In a stack, with M for what the adapter is applied to: c ⊙ (Mx + s B A x) - (c - 1) ⊙ b.
+once, when the adapter is read. In a stack it adds its difference from the base, y - (Wx + b), to what is below it.
 Biases of the base that were trained too (`bias`): see `biases`. Of the input embedding: `lora_embedding_A`
 `[rank, vocabulary]` and `lora_embedding_B` `[width, rank]`, and rows of it (`trainable_token_indices`): see
 `embeddings`.
@@ -127,7 +127,7 @@ class _Update:
         constants = [constant for constant in (self.constant, bias) if constant is not None]
         if constants:
             parts.append(shift(torch.stack(constants).sum(0)))
-        return in_turn(*parts)
+        return in_turn(*parts, is_relative=self.scale is not None)
 
 
 def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> _Update:

@@ -35,6 +35,20 @@ class EmbeddingPrefix:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenPrefix:
+    """Virtual tokens that are text, run once as any text: under all of the stack's row deltas, the embedding's too."""
+
+    token_ids: tuple[int, ...]
+    takes_positions: bool = field(default=True, init=False)
+    blocks: tuple[Tensor, ...] = field(default=(), init=False)
+
+    @property
+    def length(self) -> int:
+        """Virtual tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, eq=False)
 class KeyValuePrefix:
     """Virtual tokens by their keys and values, copied into pages as they are: no rotation is applied to them."""
 
@@ -43,7 +57,7 @@ class KeyValuePrefix:
     takes_positions: bool = True  # else what follows is numbered as if it were not there
 
 
-Prefix = EmbeddingPrefix | KeyValuePrefix
+Prefix = EmbeddingPrefix | TokenPrefix | KeyValuePrefix
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,13 @@ from server.adapters import (
     adalora,
     adapterhub,
     adaption_prompt,
+    beft,
     bottleneck,
+    c3a,
     cartridge,
     cpt,
+    fusion,
+    hra,
     ia3,
     ln_tuning,
     loha,
@@ -23,10 +27,13 @@ from server.adapters import (
     p_tuning,
     prefix_tuning,
     prompt_tuning,
+    road,
+    shira,
     sparse,
     text_prompt,
     top_layers,
     trainable_tokens,
+    union,
     vera,
 )
 from server.adapters.checkpoint import HUB_KEY, PEFT_KEY, Checkpoint
@@ -50,10 +57,17 @@ METHODS: tuple[Method, ...] = (
     loha,
     lokr,
     miss,
+    hra,
+    c3a,
+    road,
+    shira,
+    beft,
     trainable_tokens,
     ln_tuning,
     adaption_prompt,
     bottleneck,
+    fusion,
+    union,
     named_deltas,
     sparse,
     top_layers,
@@ -61,6 +75,8 @@ METHODS: tuple[Method, ...] = (
 
 _BY_PEFT_TYPE = {method.PEFT_TYPE: method for method in METHODS if isinstance(method, PeftMethod)}
 _OWN = {method.MEDLEY_METHOD: method for method in METHODS if isinstance(method, OwnMethod)}
+
+_AS_LORA = "one that changes weights can be made a LoRA: `medley convert PATH --to-lora RANK --model BASE`"
 
 
 def read_adapter(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
@@ -71,7 +87,10 @@ def read_adapter(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     table: Mapping[str, Reader] = _BY_PEFT_TYPE if key == PEFT_KEY else _OWN
     named = checkpoint.config[key]
     if named not in table:
-        raise AdapterError("unsupported_method", f"{key} {named} is not served here; {', '.join(table)} are", key)
+        way_out = f"; {_AS_LORA}" if key == PEFT_KEY else ""
+        raise AdapterError(
+            "unsupported_method", f"{key} {named} is not served here; {', '.join(table)} are{way_out}", key
+        )
     if key != PEFT_KEY:
         return table[named].read(checkpoint, base)
     head, rest = take_peft_head(checkpoint, base)

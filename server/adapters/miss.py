@@ -59,6 +59,7 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         if outputs % width:
             message = f"mini_r is {width}, which does not divide the {outputs} outputs of {name}"
             raise AdapterError("base_mismatch", message, "mini_r")
+        checkpoint.expand("mini_r", rank * outputs)
         deltas[name] = RowDelta(SummedShards(rank), (checkpoint.take(key, (rank, width)).repeat(1, outputs // width),))
     checkpoint.close()
     return Adapter(

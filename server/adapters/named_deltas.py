@@ -11,11 +11,13 @@ each what is *added* to the base's own (trained less base), any of:
 |---|---|---|
 | `<module>.bias` | `[out]` | to the output of a linear module or a norm, also where the base has no bias there |
 | `<norm>.weight` | `[width]` | to a norm's weight: y ← y + Δw ⊙ n(x) |
-| `<module>.adapter_bias.vector` v | `[out]` | with the next two: y ← y + (a · y + c) v for each token |
-| `<module>.adapter_bias.alpha.weight` a | `[1, out]` | |
+| `<module>.adapter_bias.vector` v | `[out]` | with the next two: y ← y + (a · x + c) v for each token |
+| `<module>.adapter_bias.alpha.weight` a | `[1, in]` | |
 | `<module>.adapter_bias.alpha.bias` c | `[1]` | may be left out |
 
-AdapterBias has its place at the second linear module of each feed-forward network. Where a module has several, they
+AdapterBias has its place at the second linear module of each feed-forward network, and its α is a linear layer of that
+module's input x, as in the authors' code (github.com/Allen0307/AdapterBias, `BertOutput` of
+`src/transformers/models/bert/modeling_bert.py`). Where a module has several, they
 apply in the order of the table, a norm's weight before its bias.
 """
 
@@ -35,7 +37,7 @@ FACTS = MethodFacts(
     name=NAME,
     mechanism="row delta: bias, norm, token-dependent shift",
     formats=("Medley named_deltas (BitFit, norm tuning, AdapterBias)",),
-    parameters="out for each bias, width for each norm's weight, 2·out + 1 for each token-dependent shift",
+    parameters="out for each bias, width for each norm's weight, in + out + 1 for each token-dependent shift",
     cost="one addition at each bias, a normalisation at each norm's weight, a dot product at each token's shift",
 )
 
@@ -68,7 +70,7 @@ def _parts(checkpoint: Checkpoint, name: str, site: SiteShape) -> list[RowDelta]
         parts.append(shift(checkpoint.take(f"{name}{_BIAS}", (width,))))
     if f"{name}{_VECTOR}" in left:
         vector = checkpoint.take(f"{name}{_VECTOR}", (width,))
-        weight = checkpoint.take(f"{name}{_ALPHA}{_WEIGHT}", (1, width))[0]
+        weight = checkpoint.take(f"{name}{_ALPHA}{_WEIGHT}", (1, site.inputs))[0]
         constant = torch.zeros(1, dtype=weight.dtype)
         if f"{name}{_ALPHA}{_BIAS}" in left:
             constant = checkpoint.take(f"{name}{_ALPHA}{_BIAS}", (1,))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.heads import HeadShape
-from server.adapters.method import Adapter, EmbeddingPrefix
+from server.adapters.method import Adapter, KeyValuePrefix, TokenPrefix
 from server.adapters.pool import RowPool
 from server.adapters.shared import SharedMatrices, SharingKind
 from server.model import DeltaKind, Rows
@@ -42,9 +42,10 @@ class PrefixBlocks(NamedTuple):
     """Virtual tokens without their values."""
 
     length: int
-    is_run: bool  # embeddings, run through the model; else keys and values per layer, copied
+    is_run: bool  # embeddings or text, run through the model; else keys and values per layer, copied
     takes_positions: bool
     blocks: tuple[Block, ...]
+    token_ids: tuple[int, ...] = ()  # of text
 
 
 class HeadBlocks(NamedTuple):
@@ -78,6 +79,11 @@ class Layout:
     def looks_up(self) -> bool:
         """Whether tokens look rows up by their ids."""
         return any(delta.kind.looks_up for delta in self.deltas)
+
+    @cached_property
+    def by_adapter(self) -> bool:
+        """Whether each adapter is applied by itself, however few its tokens."""
+        return any(delta.kind.by_adapter for delta in self.deltas)
 
     @cached_property
     def delta_rows(self) -> Mapping[int, tuple[int, int]]:
@@ -118,8 +124,9 @@ class Loaded:
         prefix = None
         if adapter.prefix is not None:
             given = adapter.prefix
-            is_run = isinstance(given, EmbeddingPrefix)
-            prefix = PrefixBlocks(given.length, is_run, given.takes_positions, placed(given.blocks))
+            is_run = not isinstance(given, KeyValuePrefix)
+            token_ids = given.token_ids if isinstance(given, TokenPrefix) else ()
+            prefix = PrefixBlocks(given.length, is_run, given.takes_positions, placed(given.blocks), token_ids)
         deltas = tuple(SiteBlocks(site, delta.kind, placed(delta.blocks)) for site, delta in adapter.deltas.items())
         head = None
         if adapter.head is not None:

@@ -7,6 +7,7 @@ it, since they belong to no adapter; the bank counts them like everything else, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 from weakref import WeakValueDictionary
@@ -14,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from server.model import DeltaKind
+from server.model import DeltaKind, RowDelta
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,13 @@ class SharingKind(DeltaKind):
     """A kind with matrices that are not an adapter's own; two are equal only if these are."""
 
     shared: SharedMatrices
+
+
+def shared_bytes(deltas: Iterable[RowDelta]) -> int:
+    """What these deltas have in common with other adapters', on the device; each once."""
+    return sum(
+        shared.bytes for shared in {delta.kind.shared for delta in deltas if isinstance(delta.kind, SharingKind)}
+    )
 
 
 _alive: WeakValueDictionary[str, SharedMatrices] = WeakValueDictionary()

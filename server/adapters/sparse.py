@@ -74,12 +74,19 @@ def _delta(checkpoint: Checkpoint, name: str, site: SiteShape, width: int) -> Ro
         )
         raise AdapterError("too_large", message, f"{name}{_INDICES}")
     values = checkpoint.take(f"{name}{_VALUES}", (len(rows),))
+    return (
+        sparse_update(columns, rows, values, width)
+        if site.is_transposed
+        else sparse_update(rows, columns, values, width)
+    )
+
+
+def sparse_update(rows: Tensor, columns: Tensor, values: Tensor, width: int) -> RowDelta:
+    """y ← y + ΔW x, where ΔW `[out, in]` has these `values` `[n]` at `rows` and `columns`; kept `width` wide."""
     if width * values.dtype.itemsize % 4:
         raise AdapterError("base_mismatch", f"the base's width {width} is odd, so it cannot keep indices in its dtype")
     filling = (0, -len(rows) % width)
     rows, columns, values = (functional.pad(part, filling) for part in (rows, columns, values))
-    if site.is_transposed:
-        rows, columns = columns, rows
     patterns = (part.to(torch.int32).view(values.dtype).view(-1, width) for part in (rows, columns))
     return RowDelta(_Sparse(), (*patterns, values.view(-1, width)))
 

@@ -16,10 +16,8 @@ tokens are run once, as any virtual tokens: the answer is the base's with these 
 
 from __future__ import annotations
 
-import torch
-
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.method import Adapter, EmbeddingPrefix, MethodFacts
+from server.adapters.method import Adapter, MethodFacts, TokenPrefix
 from server.adapters.prompt_tuning import PROMPT_COST
 from server.errors import AdapterError
 from server.model import BaseShape
@@ -53,5 +51,4 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         message = f"token {foreign} is not in this base's vocabulary of {base.vocab_size}"
         raise AdapterError("base_mismatch", message, given[0])
     checkpoint.close()
-    embeddings = base.embed(torch.tensor(token_ids))
-    return Adapter(method=NAME, prefix=EmbeddingPrefix(embeddings), warnings=tuple(checkpoint.warnings))
+    return Adapter(method=NAME, prefix=TokenPrefix(tuple(token_ids)), warnings=tuple(checkpoint.warnings))

@@ -7,8 +7,8 @@ of linear modules and norms, which replace these. Kept as differences: y ← y +
 y ← y + (w' - w) ⊙ n(x) + (b' - b). What equals the base's own is not kept. The output layer is a module like any
 other: where its weight is also the input embedding's, that one stays the base's.
 
-This is the most expensive of all methods: an adapter is as large as the weights that it changes, and each token of a
-step reads them. The bank's size bounds it: an adapter that does not fit is refused.
+This is the most expensive of all methods: an adapter is as large as the weights that it changes, and a step reads them
+once for each task that it has. The bank's size bounds it: an adapter that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ FACTS = MethodFacts(
     mechanism="row delta: whole weights",
     formats=("Medley top_layers",),
     parameters="all of each weight that is given",
-    cost="one more product with each weight, read anew for each token: as slow as the task run alone, and as large",
+    cost="one more product with each weight, read for each task of a step: as slow as the task run alone, and as large",
 )
 
 
 @dataclass(frozen=True)
 class Dense(DeltaKind):
     """y ← y + ΔW x."""
+
+    by_adapter = True
 
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:
         (change,) = blocks  # [groups, out, in]

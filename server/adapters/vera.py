@@ -64,6 +64,7 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         inner = checkpoint.take(f"{key}_d", (rank,))
         vectors[name] = inner[None], checkpoint.take(f"{key}_b", (base.sites[name].outputs,))[None]
     inputs, outputs = (max(getattr(base.sites[name], side) for name in names) for side in ("inputs", "outputs"))
+    checkpoint.expand("r", rank * (inputs + outputs))
     down, up = _projections(checkpoint, rank, inputs, outputs)
     checkpoint.close()
     device = base.weight(names[0]).device

@@ -12,7 +12,20 @@ from fastapi_offline import FastAPIOffline
 
 from server.api import errors
 from server.api.middleware import Admission, BodyLimit, RequestContext
-from server.api.routes import chat, classify, completions, generate, methods, models, operations, score, tasks, versions
+from server.api.routes import (
+    chat,
+    classify,
+    completions,
+    generate,
+    history,
+    methods,
+    models,
+    operations,
+    score,
+    tasks,
+    users,
+    versions,
+)
 from server.api.services import Services
 
 
@@ -21,11 +34,16 @@ def create_app(services: Services) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        writer = asyncio.create_task(services.last_used.run(), name="last use of tasks")
+        keepers = [
+            asyncio.create_task(services.last_used.run(), name="last use of tasks"),
+            asyncio.create_task(services.quotas.run(), name="leases of requests"),
+            asyncio.create_task(services.pins.run(services.pinning_engine), name="pins"),
+        ]
         yield
-        writer.cancel()
-        with suppress(asyncio.CancelledError):
-            await writer
+        for keeper in keepers:
+            keeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await keeper
         await services.last_used.flush()
 
     app: FastAPI = FastAPIOffline(
@@ -36,7 +54,8 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    for room in (operations, models, methods, completions, chat, generate, score, classify, tasks, versions):
+    answering = (operations, models, methods, completions, chat, generate, score, classify)
+    for room in (*answering, tasks, versions, history, users):
         app.include_router(room.router)
     errors.install(app, services.metrics)
     settings = services.settings

@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from adapters_store import Conflict, NotFound, StoreError, StoreFull, StoreUnavailable, VersionCorrupt
 from server.api.metrics import Metrics
-from server.errors import AdapterError, RequestError
+from server.errors import AdapterError, QuotaError, RequestError
 
 RETRY_AFTER_SECONDS = 1
 REQUEST_ID_HEADER = "X-Request-ID"
@@ -43,25 +43,38 @@ STATUS_BY_CODE: dict[str, int] = {
     "bad_config": 400,
     "unsupported_method": 400,
     "not_finite": 400,
+    "customization_limit": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "model_not_found": 404,
     "task_not_found": 404,
     "version_not_found": 404,
     "canary_not_found": 404,
+    "user_not_found": 404,
+    "customization_not_found": 404,
     "file_not_found": 404,
     "method_not_allowed": 405,
     "base_mismatch": 409,
+    "cannot_compose": 409,
     "reserved": 409,
     "no_active_version": 409,
     "version_active": 409,
+    "version_canary": 409,
+    "no_previous": 409,
+    "public_name_taken": 409,
+    "pins_too_large": 409,
     "body_timeout": 408,
+    "changed_meanwhile": 412,
     "too_large": 413,
     "unsupported_media_type": 415,
     "queue_full": 429,
+    "quota_exceeded": 429,
     "too_many_uploads": 429,
     "internal_error": 500,
     "not_finite_logits": 500,
     "adapter_unavailable": 503,
+    "version_corrupt": 503,
     "engine_dead": 503,
     "not_ready": 503,
     "shutting_down": 503,
@@ -72,6 +85,7 @@ STATUS_BY_CODE: dict[str, int] = {
 }
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "too_large"}
+_TYPE_BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CLIENT_GONE_STATUS = 499  # nobody reads it; the access log and the metrics do
 
 _log = structlog.get_logger(__name__)
@@ -83,9 +97,10 @@ class ClientGoneError(Exception):
 
 def status_of(error: RequestError) -> int:
     """The HTTP status of an error. A refused upload is the upload's own fault (400), whatever its code means
-    elsewhere, but for its size."""
+    elsewhere, but for its size, and for what fails on the server's side: a task's damaged adapter beneath it, say."""
     if isinstance(error, AdapterError) and error.code != "too_large":
-        return 400
+        status = STATUS_BY_CODE.get(error.code, 400)
+        return status if status >= HTTPStatus.INTERNAL_SERVER_ERROR else 400
     return STATUS_BY_CODE.get(error.code, 500)
 
 
@@ -102,8 +117,10 @@ def body_of(error: RequestError) -> dict[str, Any]:
 def error_response(
     code: str, message: str, param: str | None = None, *, status: int, headers: dict[str, str] | None = None
 ) -> Response:
-    """An error as a response; 429 and 503 say when to come back."""
+    """An error as a response; 401 says how to come, 429 and 503 when to come back."""
     sent = dict(headers or {})
+    if status == HTTPStatus.UNAUTHORIZED:
+        sent["WWW-Authenticate"] = "Bearer"
     if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
         sent.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     content = msgspec.json.encode(error_body(code, message, param, status))
@@ -114,7 +131,7 @@ def request_error_of(error: StoreError) -> RequestError:
     """What the store says, in the words of the contract."""
     match error:
         case StoreUnavailable():
-            return RequestError("store_unavailable", f"the task index cannot be reached: {error}")
+            return RequestError("store_unavailable", str(error))
         case StoreFull():
             return RequestError("store_full", str(error))
         case NotFound():
@@ -122,7 +139,7 @@ def request_error_of(error: StoreError) -> RequestError:
         case Conflict():
             return RequestError(error.code, str(error))
         case VersionCorrupt():
-            return RequestError("adapter_unavailable", str(error))
+            return RequestError("version_corrupt", str(error))
         case _:
             return RequestError("internal_error", str(error))
 
@@ -163,14 +180,15 @@ def validation_fault(error: Mapping[str, Any]) -> RequestError:
 
 
 def _type_of(status: int) -> str:
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return "rate_limit_error"
+    if status in _TYPE_BY_STATUS:
+        return _TYPE_BY_STATUS[status]
     return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return error_response(error.code, error.message, error.param, status=status_of(error))
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QuotaError) else None
+    return error_response(error.code, error.message, error.param, status=status_of(error), headers=headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters_store import StoreUnavailable
+from server.api.caller import Caller
 from server.api.choice import Choice, Delta
 from server.api.metrics import Metrics
 from server.api.prompts import Prompt, room_for
-from server.api.resolve import Target
+from server.api.resolve import Target, naming
 from server.api.sampling import SamplingPlan
 from server.api.services import ServedBase, Services
 from server.engine.protocol import Generate, Tokens
@@ -63,6 +64,7 @@ class Generation:
         self,
         services: Services,
         base: ServedBase,
+        caller: Caller,
         target: Target,
         prompts: Sequence[Prompt],
         plan: SamplingPlan,
@@ -73,9 +75,11 @@ class Generation:
         priority: int | None,
         arrived: Arrival,
         classify: bool = False,
+        shared_tokens: int = 0,
     ) -> None:
-        """`param`: the field that held the prompts. Who asks without a `user` is one client with all who do.
-        Raises `RequestError` when a prompt is too long."""
+        """`param`: the field that held the prompts, `shared_tokens`: with how many of the same tokens all of them
+        begin, which are counted once. Who is served in turn is the API key, else the `user`; all who have neither are
+        one client. Raises `RequestError` when a prompt is too long."""
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
         self.target = target
@@ -84,6 +88,8 @@ class Generation:
         self.tokenizer = base.tokenizer
         self._engine = base.engine
         self._metrics = services.metrics
+        self._bill = caller.bill
+        self._shared_tokens = shared_tokens
         self._arrived = arrived
         self._deadline = time.time() + services.settings.request_timeout
         self._requests: list[Generate] = []
@@ -100,7 +106,8 @@ class Generation:
                         sampling=sampling,
                         classify=classify,
                         choice=choice,
-                        client=user or "",
+                        client=caller.key_id or user or "",
+                        tenant=caller.tenant,
                         priority=priority or 0,
                         deadline=self._deadline,
                     )
@@ -143,9 +150,11 @@ class Generation:
                     yield index, delta
         except RequestError as error:
             outcome = error.code
-            raise
+            raise naming(error, self.target.layers) from None
         finally:
             self._metrics.request(self.target.label, outcome)
+            if self._has_begun:
+                self._bill.tokens += self.usage()["total_tokens"]
 
     async def collect(self) -> list[Delta]:
         """All choices, whole."""
@@ -157,6 +166,7 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`; the prompt is counted once, however many choices it has."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        prompt_tokens -= self._shared_tokens * (len(self.prompts) - 1)
         completion_tokens = sum(choice.num_tokens for choice in self.choices)
         firsts = self.choices[:: self.n]
         return {

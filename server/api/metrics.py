@@ -16,9 +16,14 @@
     medley_kv_pages, medley_kv_pages_used    the KV cache, and what sequences have of it
     medley_kv_pages_idle                     cached for whoever may come, given up when pages run short
     medley_bank_capacity_bytes, medley_bank_bytes, medley_bank_adapters   resident adapters
+    medley_bank_pinned_bytes                 of adapters that never leave
     medley_adapter_load_seconds              of an adapter that became resident
     medley_store_errors_total                requests that the task index could not answer
+    medley_redis_available                   1 while the index's changes are followed, 0 while Redis is away
+    medley_refused_total{code}               turned away before they were read: unauthorized, forbidden, quota_exceeded
     medley_uploads_total{outcome}            created, existing, checked (a dry run) or an error's code
+    medley_customizations_total{outcome}     users' uploads: created, checked or an error's code
+    medley_customized_requests_total{mode}   generating requests that a user's customization was applied to
 
 Labels are bounded: the first 100 tasks seen have their own, the rest are `other`; requests to the base are `base`;
 requests for what does not exist, `unknown`.
@@ -45,10 +50,14 @@ class Metrics:
         self._tasks: set[str] = set()
         self._requests = Counter("medley_requests", "Generating requests", ["task", "outcome"], registry=registry)
         self._uploads = Counter("medley_uploads", "Uploaded versions", ["outcome"], registry=registry)
+        self._refused = Counter("medley_refused", "Turned away at the door", ["code"], registry=registry)
+        self._customizations = Counter("medley_customizations", "Uploaded by users", ["outcome"], registry=registry)
+        self._customized = Counter("medley_customized_requests", "Under a user's own", ["mode"], registry=registry)
         self._store_errors = Counter("medley_store_errors", "Unanswered by the task index", registry=registry)
         self._first_token = _seconds("medley_time_to_first_token_seconds", "Arrival to first token", registry)
         self._output_token = _seconds("medley_time_per_output_token_seconds", "Mean of one sequence", registry)
         self._open_requests = Gauge("medley_open_requests", "HTTP requests under way", registry=registry)
+        self._redis = Gauge("medley_redis_available", "Whether the index is followed", registry=registry)
         self._steps = _StepMetrics(registry)
 
     def request(self, task: str, outcome: str) -> None:
@@ -74,6 +83,18 @@ class Metrics:
         """An upload has ended."""
         self._uploads.labels(outcome).inc()
 
+    def refused(self, code: str) -> None:
+        """A caller was not let in."""
+        self._refused.labels(code).inc()
+
+    def customization(self, outcome: str) -> None:
+        """An upload of a user's customization has ended."""
+        self._customizations.labels(outcome).inc()
+
+    def customized(self, mode: str) -> None:
+        """A generating request uses a customization of this mode."""
+        self._customized.labels(mode).inc()
+
     def store_error(self) -> None:
         """The index could not answer."""
         self._store_errors.inc()
@@ -82,9 +103,10 @@ class Metrics:
         """A step has run; the hook of the engine's client."""
         self._steps.observe(stats)
 
-    def render(self, open_requests: int) -> bytes:
+    def render(self, open_requests: int, *, redis_available: bool) -> bytes:
         """Everything, in Prometheus' text format."""
         self._open_requests.set(open_requests)
+        self._redis.set(redis_available)
         return generate_latest(self._registry)
 
 
@@ -110,6 +132,7 @@ class _StepMetrics:
                 ("kv_pages_idle", "medley_kv_pages_idle", "Cached pages that none has"),
                 ("bank_capacity", "medley_bank_capacity_bytes", "Room for resident adapters"),
                 ("bank_bytes", "medley_bank_bytes", "Of resident adapters"),
+                ("bank_pinned_bytes", "medley_bank_pinned_bytes", "Of adapters that never leave"),
                 ("bank_adapters", "medley_bank_adapters", "Resident adapters"),
             )
         }

@@ -22,7 +22,7 @@ from server.api.errors import CLIENT_GONE_STATUS, REQUEST_ID_HEADER, error_respo
 from server.api.services import Services
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_UPLOAD = re.compile(r"/v1/tasks/[^/]+/versions")
+_UPLOAD = re.compile(r"POST /v1/tasks/[^/]+/versions|PUT /v1/users/[^/]+/tasks/[^/]+")
 _MULTIPART_OVERHEAD = 65_536  # bytes of boundaries and headers around an upload's files
 _DISCARDED_BYTES = 16 * 2**20  # of a refused body: a client that is cut off while it sends never reads the answer
 _DISCARD_SECONDS = 5.0
@@ -112,7 +112,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit = self._max_body_bytes
-        if scope["method"] == "POST" and _UPLOAD.fullmatch(scope["path"]):
+        if _UPLOAD.fullmatch(f"{scope['method']} {scope['path']}"):
             limit = self._max_upload_bytes + _MULTIPART_OVERHEAD
         message = f"the body has more than {limit} bytes, which is the server's limit"
         headers = Headers(scope=scope)

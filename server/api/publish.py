@@ -1,6 +1,6 @@
 """From a folder of files to a task's version: checked by the engine, stored, visible, activated.
 
-Uploads and whoever publishes at start-up go the same way. It also changes a task's settings, which are checked here.
+Uploads and whoever publishes at start-up go the same way. It heals damaged blobs, and the engine hears so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +21,19 @@ from adapters_store import (
     FileRecord,
     NewVersionFacts,
     NotFound,
-    Task,
-    TaskSettings,
+    StoreError,
     Version,
     adapter_digest,
     publish_files,
 )
+from server.api.caller import Caller
 from server.api.derived import write_task_index, write_token_ids
-from server.api.sampling import plan_sampling
-from server.api.schemas.tasks import TaskBody
-from server.api.services import Services
-from server.api.templates import PromptTemplate
+from server.api.errors import request_error_of
+from server.api.services import ServedBase, Services
+from server.api.tenancy import own
 from server.api.uploads import ACCEPTED_FILES, CONFIG_FILE
-from server.engine.protocol import AdapterFacts
-from server.errors import AdapterError, RequestError
+from server.engine.protocol import AdapterFacts, AdapterRef
+from server.errors import AdapterError, QuotaError, RequestError
 
 _ID = re.compile(ID_PATTERN)
 
@@ -57,23 +57,28 @@ def check_task_name(services: Services, name: str) -> None:
         raise RequestError("reserved", f"task: '{name}' is the base's own id; choose another name", "task")
 
 
-async def check_staged(services: Services, folder: Path) -> CheckedUpload:
-    """Have the files of a folder checked; nothing is kept. Raises `AdapterError`."""
+async def check_staged(services: Services, folder: Path, under: AdapterRef | None = None) -> CheckedUpload:
+    """Have the files of a folder checked, by themselves or to be laid over the task's adapter `under`; nothing is kept.
+    Raises `AdapterError`."""
     base = services.require_base()
     engine = base.engine
     await write_token_ids(base, folder)
     try:
         async with asyncio.timeout(services.settings.request_timeout):
-            facts = await engine.inspect(uuid.uuid4().hex, str(folder))
+            facts = await engine.inspect(uuid.uuid4().hex, str(folder), under)
     except TimeoutError:
         raise RequestError("deadline_exceeded", "the check of the files took too long") from None
     digest, size = await asyncio.to_thread(_identify, folder)
     return CheckedUpload(digest, facts, size, [*facts.warnings, *_base_warnings(folder, services)])
 
 
-def task_names(services: Services, task: str, facts: AdapterFacts) -> list[str]:
-    """The tasks that an upload to `task` gives: itself, or `task:0`, `task:1`, … where a checkpoint holds several."""
-    if facts.tasks is None:
+def task_names(services: Services, task: str, facts: AdapterFacts, task_index: int | None = None) -> list[str]:
+    """The tasks that an upload to `task` gives: itself, or `task:0`, `task:1`, … where a checkpoint holds several and
+    none of them was chosen by `task_index`. Raises `RequestError` for an index that it has not."""
+    if task_index is not None and not task_index < (facts.tasks or 0):
+        message = f"task_index: it is {task_index}, and this checkpoint holds {facts.tasks or 'no several'} tasks"
+        raise RequestError("invalid_request", message, "task_index")
+    if facts.tasks is None or task_index is not None:
         return [task]
     names = [f"{task}:{index}" for index in range(facts.tasks)]
     for name in names:
@@ -81,44 +86,88 @@ def task_names(services: Services, task: str, facts: AdapterFacts) -> list[str]:
     return names
 
 
-async def publish_staged(services: Services, task: str, folder: Path, *, activate: bool) -> list[tuple[Version, bool]]:
-    """Check and publish the files of a staging folder, which are moved away; each version, and whether it is new.
+async def publish_staged(
+    services: Services, caller: Caller, task: str, folder: Path, *, activate: bool, task_index: int | None = None
+) -> list[tuple[Version, bool]]:
+    """Check and publish the files of a staging folder, which are moved away, as the caller's; each version, and whether
+    it is new.
 
-    A checkpoint of several tasks gives a version of each, one after the other; publishing it again completes what was
-    cut off.
+    A checkpoint of several tasks gives a version of each. None is activated before all of them stand, so that what is
+    cut off is served by nobody; the error says so, and publishing it again completes it.
     """
     checked = await check_staged(services, folder)
-    names = task_names(services, task, checked.facts)
-    if checked.facts.tasks is None:
-        return [await _publish(services, task, folder, checked, activate=activate)]
-    published = []
-    for index, name in enumerate(names):
-        with services.blobs.staging() as own:
-            await asyncio.to_thread(_copy_files, folder, own)
-            await asyncio.to_thread(write_task_index, own, index)
-            published.append(await _publish(services, name, own, checked, activate=activate))
+    names = task_names(services, task, checked.facts, task_index)
+    if names == [task]:
+        if task_index is not None:
+            await asyncio.to_thread(write_task_index, folder, task_index)
+        return [await _publish(services, caller, task, folder, checked, activate=activate)]
+    published: list[tuple[Version, bool]] = []
+    activated = 0
+    try:
+        for index, name in enumerate(names):
+            with services.blobs.staging() as part:
+                await asyncio.to_thread(_copy_files, folder, part)
+                await asyncio.to_thread(write_task_index, part, index)
+                published.append(await _publish(services, caller, name, part, checked, activate=False))
+        for version, _ in published if activate else []:
+            await services.index.activate(version.task, version.number, change=caller.change)
+            await services.directory.refresh([version.task])
+            activated += 1
+    except (RequestError, StoreError) as error:
+        told = request_error_of(error) if isinstance(error, StoreError) else error
+        told.message += (
+            f"; of the {len(names)} tasks of this upload {len(published)} have their version and {activated} were told "
+            "to answer with it; the same upload again completes it"
+        )
+        if told is error:
+            raise
+        raise told from error
     return published
 
 
-async def _publish(
-    services: Services, task: str, folder: Path, checked: CheckedUpload, *, activate: bool
-) -> tuple[Version, bool]:
-    facts = NewVersionFacts(
+def facts_of(checked: CheckedUpload, base: ServedBase) -> NewVersionFacts:
+    """What the index is told of an upload."""
+    return NewVersionFacts(
         method=checked.facts.method,
         parameters=checked.facts.parameters,
         bytes=checked.bytes,
         virtual_tokens=checked.facts.virtual_tokens,
         rank=checked.facts.rank,
-        base_fingerprint=services.require_base().facts.fingerprint,
+        base_fingerprint=base.facts.fingerprint,
         warnings=checked.warnings,
     )
-    published = await publish_files(services.index, services.blobs, task, folder, facts, activate=activate)
-    await services.directory.refresh([task])
-    return published
+
+
+async def _publish(
+    services: Services, caller: Caller, task: str, folder: Path, checked: CheckedUpload, *, activate: bool
+) -> tuple[Version, bool]:
+    base = services.require_base()
+    facts = facts_of(checked, base)
+    name = own(caller, task)
+    await check_room(services, caller, task, checked)
+    version, is_new = await publish_files(
+        services.index, services.blobs, name, folder, facts, activate=activate, change=caller.change
+    )
+    base.engine.healed([record.sha256 for record in version.files.values()])
+    await services.directory.refresh([name])
+    return version, is_new
+
+
+async def check_room(services: Services, caller: Caller, task: str, checked: CheckedUpload) -> None:
+    """Refuse an upload that the caller's quota has no room for; what the task has already needs none."""
+    try:
+        await services.quotas.check_room(caller, checked.bytes)
+    except QuotaError:
+        with suppress(NotFound):
+            versions = await services.index.list_versions(own(caller, task))
+            if any(version.digest == checked.digest for version in versions):
+                return
+        raise
 
 
 async def publish_folder(services: Services, task: str, source: Path, *, activate: bool) -> list[tuple[Version, bool]]:
-    """Publish a folder of this machine just as an upload of its files would be; the folder stays as it is."""
+    """Publish a folder of this machine just as an upload of its files would be, for the default tenant; the folder
+    stays as it is."""
     check_task_name(services, task)
     with services.blobs.staging() as folder:
         if not (source / CONFIG_FILE).is_file():
@@ -126,30 +175,7 @@ async def publish_folder(services: Services, task: str, source: Path, *, activat
         for name in ACCEPTED_FILES:
             if (source / name).is_file():
                 await asyncio.to_thread(shutil.copyfile, source / name, folder / name)
-        return await publish_staged(services, task, folder, activate=activate)
-
-
-async def put_settings(services: Services, name: str, changes: TaskBody) -> Task:
-    """Create the task, or change the settings that are given; null resets one. Raises `RequestError`."""
-    check_task_name(services, name)
-    if changes.template is not None:
-        PromptTemplate(changes.template, param="template")
-    defaults = {} if changes.defaults is None else changes.defaults.given()
-    plan_sampling({}, defaults, services.require_base().facts)
-    try:
-        old = (await services.index.get_task(name)).settings
-    except NotFound:
-        old = TaskSettings()
-    given = {
-        "description": changes.description or "",
-        "template": changes.template,
-        "defaults": defaults,
-        "labels": changes.labels or {},
-    }
-    named = {field: given[field] for field in changes.model_fields_set}
-    task = await services.index.put_task(name, msgspec.structs.replace(old, **named))
-    await services.directory.refresh([name])
-    return task
+        return await publish_staged(services, Caller(), task, folder, activate=activate)
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapters_store import LocalBlobs, RedisIndex, TaskDirectory
+from adapters_store import ApiKeyDirectory, BlobStore, CustomizationDirectory, RedisIndex, TaskDirectory
 from server.api.last_used import LastUsed
 from server.api.metrics import Metrics
+from server.api.pins import Engine, Pins
+from server.api.quotas import QuotaKeeper
 from server.api.templates import PromptTemplate
 from server.api.text import BaseTokenizer
 from server.engine.client import EngineClient
 from server.engine.protocol import BaseFacts
 from server.errors import RequestError
-from server.settings import Settings
+from server.settings import GIB, Settings
 
 
 class ServedBase:
@@ -49,12 +51,13 @@ class ServedBase:
 
 @dataclass
 class Services:
-    """See the module. The last five fields change while the server runs."""
+    """See the module. `base` to `open_uploads` change while the server runs; what stands below them
+    follows from the others."""
 
     settings: Settings
     index: RedisIndex
     directory: TaskDirectory
-    blobs: LocalBlobs
+    blobs: BlobStore
     metrics: Metrics
     last_used: LastUsed
     base: ServedBase | None = None
@@ -62,6 +65,18 @@ class Services:
     draining: bool = False  # set on shutdown: new requests are refused
     open_requests: int = 0  # under way, streams until their end
     open_uploads: int = 0
+    api_keys: ApiKeyDirectory = field(init=False)
+    quotas: QuotaKeeper = field(init=False)
+    customizations: CustomizationDirectory = field(init=False)
+    pins: Pins = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.api_keys = ApiKeyDirectory(self.index.api_keys)
+        self.directory.subscribe(self.api_keys)
+        self.quotas = QuotaKeeper(self.index.usage, lambda: self.directory.available)
+        self.customizations = CustomizationDirectory(self.index, self.directory)
+        self.directory.subscribe(self.customizations)
+        self.pins = Pins(self.directory, int(self.settings.adapter_memory * GIB))
 
     def serve(self, engine: EngineClient, facts: BaseFacts) -> None:
         """The engine is ready: requests can be answered."""
@@ -78,6 +93,10 @@ class Services:
             yield
         finally:
             self.open_uploads -= 1
+
+    def pinning_engine(self) -> Engine | None:
+        """Who is to hear of pins; None while the base is loading."""
+        return None if self.base is None else (self.base.engine, self.base.facts)
 
     def require_base(self) -> ServedBase:
         """The base; `RequestError` while it is loading."""

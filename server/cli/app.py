@@ -8,14 +8,21 @@ from typing import Annotated
 
 import typer
 
+from server.cli import keys
+from server.cli.backup import backup, restore
 from server.cli.classify import classify
 from server.cli.convert import convert
+from server.cli.customize import customize
 from server.cli.evaluate import evaluate
+from server.cli.export import export
+from server.cli.gc import gc
 from server.cli.generate import generate
+from server.cli.import_ import import_
+from server.cli.life_cycle import activate, canary, rollback
 from server.cli.methods import methods
 from server.cli.push import push
 from server.cli.serve import serve
-from server.cli.tasks import activate, delete, rollback, show, tasks
+from server.cli.tasks import delete, show, tasks
 from server.cli.tune import tune
 from server.errors import MedleyError
 
@@ -34,15 +41,23 @@ for command in (
     show,
     activate,
     rollback,
+    canary,
     delete,
+    customize,
+    export,
     generate,
     classify,
     evaluate,
     tune,
     methods,
     convert,
+    gc,
+    backup,
+    restore,
 ):
     app.command()(command)
+app.command("import")(import_)
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

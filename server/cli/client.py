@@ -77,6 +77,15 @@ class Client:
             raise refusal(response)
         return response.json() if response.content else None
 
+    def download(self, path: str, target: IO[bytes]) -> None:
+        """GET a file and write it to `target` as it comes. Raises `CommandError` as `call` does."""
+        with expressed(self.url), self._http.stream("GET", path) as response:
+            if response.is_error:
+                response.read()
+                raise refusal(response)
+            for chunk in response.iter_bytes():
+                target.write(chunk)
+
     def stream(self, path: str, body: Json) -> Iterator[Json]:
         """POST, then the events of the server-sent stream as they come, without the closing `[DONE]`.
 
@@ -113,7 +122,17 @@ def expressed(url: str) -> Iterator[None]:
 
 def task_path(task: str, *rest: str) -> str:
     """The path of a task's resource; names are quoted, so that any typed name reaches the server whole."""
-    return "/".join(["/v1/tasks", *(quote(part, safe=":") for part in (task, *rest))])
+    return _path("/v1/tasks", task, *rest)
+
+
+def user_task_path(user: str, task: str) -> str:
+    """The path of a user's customization of a task."""
+    return _path("/v1/users", user, "tasks", task)
+
+
+def _path(*parts: str) -> str:
+    first, *names = parts
+    return "/".join([first, *(quote(name, safe=":") for name in names)])
 
 
 def _events(response: httpx.Response) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 With choices it is rank classification: the choice that the server scores highest against the one that the line names.
 Else the server generates, greedily, and the answer is compared with the line's output. Many requests are under way at
-once, so that the server's batch is full; one that is told to come back later does.
+once, so that the server's batch is full; one that is told to come back later does, for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.cli.client import Address, Client, Json, Url, expressed, refusal, task_path
 from server.cli.errors import CommandError
 from server.cli.table import print_table
+from server.tuning import read_examples
 
 Metric = Literal["accuracy", "exact_match", "bleu", "rouge"]
 Labels = dict[str, str]  # name → the text that is scored
 Example = tuple[str, str, str]  # input, output, and where they stand
 
-_LATER = {429, 503}
+_FULL, _AWAY = 429, 503
 _MOST_RETRY_SECONDS = 30.0
+_PATIENCE_SECONDS = 60.0  # with one request that the server cannot answer now; one that is full comes to each in time
 
 
 def evaluate(
@@ -38,7 +41,10 @@ def evaluate(
     ],
     metric: Annotated[
         Metric | None,
-        typer.Option(help="Absent: accuracy where there are choices, else exact match, BLEU and ROUGE-L."),
+        typer.Option(
+            help="Absent: accuracy where there are choices, else exact match, BLEU and ROUGE-L. BLEU is of up to four "
+            "words in a row, so 0 where no answer has four."
+        ),
     ] = None,
     choices: Annotated[
         list[str] | None, typer.Option(help="A text to choose from; repeatable. Absent: the task's labels.")
@@ -100,8 +106,6 @@ def compare(outputs: Sequence[str], references: Sequence[str], metric: Metric | 
 
 
 def _read(path: Path) -> list[Example]:
-    from server.tuning import read_examples  # noqa: PLC0415 - it loads the training's libraries
-
     return [(example.input, example.output, example.where) for example in read_examples(path)]
 
 
@@ -151,12 +155,16 @@ async def _ask_all(address: Address, path: str, bodies: Sequence[Json], concurre
 
 
 async def _ask_until_taken(http: httpx.AsyncClient, path: str, body: Json) -> Json:
-    """One answer. A server that is full says when to come back; the request is sent again then."""
+    """One answer. A server that is full, or cannot answer now, says when to come back; the request is sent again then,
+    unless that is long from now, as for a quota that is used up."""
+    last = time.monotonic() + _PATIENCE_SECONDS
     while True:
         response = await http.post(path, json=body)
-        if response.status_code not in _LATER or "Retry-After" not in response.headers:
+        wait = float(response.headers.get("Retry-After", "inf"))
+        is_later = response.status_code == _FULL or (response.status_code == _AWAY and time.monotonic() < last)
+        if not is_later or wait > _MOST_RETRY_SECONDS:
             break
-        await asyncio.sleep(min(float(response.headers["Retry-After"]), _MOST_RETRY_SECONDS))
+        await asyncio.sleep(wait)
     if response.is_error:
         raise refusal(response)
     answer: Json = response.json()

@@ -1,7 +1,8 @@
 """From pickled weights to an adapter's folder with safetensors: what `medley convert` does
 
 Pickles are opened with `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing else.
-Only the form changes: names and values stay as they are, except T-Few's names, which become PEFT's of (IA)³:
+Only the form changes: names and values stay as they are, except T-Few's names, which become PEFT's of (IA)³, and what
+AdapterHub repeats of a prefix under every layer, which in safetensors would be stored as often:
 
     PEFT folder        adapter_model.bin         adapter_model.safetensors
     AdapterHub folder  pytorch_adapter.bin       adapter.safetensors
@@ -17,6 +18,7 @@ import json
 import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ _NAMES = {
     "pytorch_model_head.bin": "model_head.safetensors",
 }
 _T_FEW_ENDING = ".multi_lora_b"
+_PREFIX, _REPEATED_PREFIX = "model.prefix_tuning.", ".prefix_tuning.pool."
 
 
 def convert_folder(source: Path, output: Path) -> None:
@@ -43,8 +46,8 @@ def convert_folder(source: Path, output: Path) -> None:
         raise CommandError(f"{source} has no pickled weights; {', '.join(_NAMES)} are converted")
     if not (source / _CONFIG).is_file():
         raise CommandError(f"{source} has no {_CONFIG}, which belongs to {pickled[0]}")
-    weights = {_NAMES[name]: _tensors(source / name) for name in pickled}
-    _make(output)
+    weights = {_NAMES[name]: pickled_tensors(source / name) for name in pickled}
+    make_folder(output)
     for name in (_CONFIG, _HEAD_CONFIG):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
@@ -55,7 +58,7 @@ def convert_folder(source: Path, output: Path) -> None:
 def convert_file(source: Path, output: Path) -> None:
     """Write a T-Few file's (IA)³ as a PEFT folder. Raises `CommandError`."""
     scales: dict[str, Tensor] = {}
-    for name, tensor in _tensors(source).items():
+    for name, tensor in pickled_tensors(source).items():
         if not name.endswith(_T_FEW_ENDING) or tensor.dim() != 2 or tensor.shape[1] != 1:
             raise CommandError(
                 f"{source}: {name} {list(tensor.shape)} is no (IA)³ vector of T-Few, which is "
@@ -71,13 +74,13 @@ def convert_file(source: Path, output: Path) -> None:
         "feedforward_modules": [],
         "inference_mode": True,
     }
-    _make(output)
+    make_folder(output)
     (output / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     tensors = {f"base_model.model.{module}.ia3_l": scale for module, scale in scales.items()}
     save_file(tensors, output / "adapter_model.safetensors")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def pickled_tensors(path: Path) -> dict[str, Tensor]:
     """A pickled dictionary of tensors, each with memory of its own: safetensors knows no sharing."""
     try:
         with warnings.catch_warnings():
@@ -91,10 +94,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
         raise CommandError(f"{path} is not a dictionary of tensors by name")
-    return {name: tensor.detach().contiguous().clone() for name, tensor in loaded.items()}
+    return {
+        name: tensor.detach().contiguous().clone()
+        for name, tensor in loaded.items()
+        if not _is_repeated(name, tensor, loaded)
+    }
 
 
-def _make(output: Path) -> None:
+def _is_repeated(name: str, tensor: Tensor, loaded: Mapping[str, Tensor]) -> bool:
+    """Whether it is a prefix's tensor under a layer, which the file has as the model's too."""
+    layer, separator, rest = name.partition(_REPEATED_PREFIX)
+    own = loaded.get(f"{_PREFIX}{rest}") if separator and layer else None
+    return own is not None and own.dtype == tensor.dtype and torch.equal(own, tensor)
+
+
+def make_folder(output: Path) -> None:
     """Make the output's folder. Nothing is overwritten."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CommandError(f"{output} exists already; name another folder with --output")

@@ -53,6 +53,14 @@ def push(
 def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
     """Send the adapter in `folder`; the server's record of the version. Its warnings go to stderr.
 
+    Raises `CommandError` as `send` does.
+    """
+    return send(client, "POST", task_path(task, "versions"), folder, params={"activate": activate})
+
+
+def send(client: Client, method: str, path: str, folder: Path, *, params: dict[str, str | int | bool]) -> Json:
+    """Send the adapter in `folder`; the server's answer. Its warnings go to stderr.
+
     Raises `CommandError` for a folder without the files of an adapter, before anything is sent, and for what the
     server refuses.
     """
@@ -60,10 +68,10 @@ def upload(client: Client, task: str, folder: Path, *, activate: bool) -> Json:
     with ExitStack() as stack:
         progress = stack.enter_context(_progress(sum(path.stat().st_size for path in paths)))
         files = [(path.name, stack.enter_context(progress.open(path, "rb", description=path.name))) for path in paths]
-        version: Json = client.call("POST", task_path(task, "versions"), params={"activate": activate}, files=files)
-    for warning in version.get("warnings", []):
+        answer: Json = client.call(method, path, params=params, files=files)
+    for warning in answer.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)
-    return version
+    return answer
 
 
 def _versions(version: Json) -> list[Json]:

@@ -19,7 +19,7 @@ from server.settings import Settings
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "FOLDER"}
 
 
-def serve(**given: str | None) -> None:
+def serve(**given: str | bool | None) -> None:
     """Start a server and stay until SIGTERM or Ctrl-C.
 
     Every option has an environment variable: --max-seqs is MEDLEY_MAX_SEQS. An option wins over its variable.
@@ -31,7 +31,7 @@ def serve(**given: str | None) -> None:
     raise typer.Exit(run(settings))
 
 
-def _settings(given: dict[str, str]) -> Settings:
+def _settings(given: dict[str, str | bool]) -> Settings:
     """Raises `typer.BadParameter`, which names the option or variable of the first wrong value."""
     try:
         return Settings.model_validate(given)
@@ -43,17 +43,17 @@ def _settings(given: dict[str, str]) -> Settings:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The option of one setting; it is text, absent unless given."""
+    """The option of one setting; it is text, or a flag, absent unless given."""
     default = None if field.default is None else str(field.default)
+    is_flag = field.annotation is bool
     option = typer.Option(
         f"--{name.replace('_', '-')}",
-        metavar=_metavar(field.annotation),
+        metavar=None if is_flag else _metavar(field.annotation),
         help=field.description if default is None else f"{field.description} (default: {default})",
         show_default=False,
     )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
+    kind: Any = bool | None if is_flag else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
 def _metavar(annotation: Any) -> str:

@@ -1,4 +1,4 @@
-"""The commands on tasks: `tasks`, `show`, `activate`, `rollback`, `delete`."""
+"""The commands on tasks: `tasks`, `show`, `delete`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from server.cli.client import Client, Json, Url, task_path
 from server.cli.errors import CommandError
+from server.cli.history import show_history
 from server.cli.table import ago, print_table
 
 _PAGE = 500
@@ -45,12 +46,16 @@ def show(
     neighbours: Annotated[
         bool, typer.Option("--neighbours", help="What the active version's virtual tokens are near to, instead.")
     ] = False,
+    history: Annotated[bool, typer.Option("--history", help="Who changed the task, newest first, instead.")] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
     """Show a task's settings and versions."""
     if neighbours:
         _show_neighbours(task, as_json, url)
+        return
+    if history:
+        show_history(task, as_json=as_json, url=url)
         return
     with Client(url) as client:
         record: Json = client.call("GET", task_path(task))
@@ -63,12 +68,18 @@ def show(
         ["defaults", json.dumps(record["defaults"])],
         ["labels", json.dumps(record["labels"])],
         ["active", record["active"]],
+        ["canary", _canary(record["canary"])],
+        ["previous", record["previous"]],
+        ["pinned", "yes" if record["pinned"] else "no"],
+        ["public", "yes" if record["public"] else "no"],
+        ["for its users", _limits(record["customization"])],
+        ["revision", record["revision"]],
         ["last used", ago(record["last_used"])],
     ]
     versions = [
         [
             version["version"],
-            _state(version),
+            _state(version, record["canary"]),
             version["method"],
             f"{version['parameters']:,}",
             decimal(version["bytes"]),
@@ -79,28 +90,6 @@ def show(
     print_table(["task", record["task"]], settings)
     print()
     print_table(["version", "state", "method", "parameters", "size", "created"], versions)
-
-
-def activate(
-    task: TaskName,
-    version: Annotated[int, typer.Argument(min=1, help="Version to answer with from now on.")],
-    url: Url = None,
-) -> None:
-    """Switch a task to a version; requests under way end on the one that they began with."""
-    with Client(url) as client:
-        _switch(client, task, version)
-
-
-def rollback(task: TaskName, url: Url = None) -> None:
-    """Switch a task back to the version that was active before."""
-    with Client(url) as client:
-        previous = client.call("GET", task_path(task))["previous"]
-        if previous is None:
-            raise CommandError(
-                f"no version of '{task}' was active before this one; choose one with `medley show {task}` and "
-                f"`medley activate {task} VERSION`"
-            )
-        _switch(client, task, previous)
 
 
 def delete(
@@ -160,12 +149,19 @@ def _all_tasks(client: Client) -> Iterator[Json]:
             params["after"] = page["data"][-1]["task"]
 
 
-def _switch(client: Client, task: str, version: int) -> None:
-    client.call("PATCH", task_path(task), body={"active_version": version})
-    print(f"{task}@{version} is active")
-
-
-def _state(version: Json) -> str | None:
+def _state(version: Json, canary: Json | None) -> str | None:
     if not version["servable"]:
         return "made for another base"
+    if canary is not None and canary["version"] == version["version"]:
+        return "canary"
     return "active" if version["active"] else None
+
+
+def _canary(canary: Json | None) -> str | None:
+    return None if canary is None else f"{canary['version']}, {canary['percent']:g}% of the requests"
+
+
+def _limits(limits: Json | None) -> str:
+    """What users may lay over the task."""
+    given = {} if limits is None else {name: limit for name, limit in limits.items() if limit is not None}
+    return json.dumps(given) if given else "anything"

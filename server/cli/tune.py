@@ -17,7 +17,7 @@ from server.cli.client import Client, Url, task_path
 from server.cli.push import announce, upload
 
 if TYPE_CHECKING:
-    from server.tuning import TuneReport
+    from server.tuning.trainer import TuneReport
 
 Modules = Annotated[list[str] | None, typer.Option(help="For ia3 and lora: modules to change; repeatable.")]
 FeedForward = Annotated[
@@ -106,15 +106,14 @@ def tune(
 
 
 def _train(model: str | None, settings: dict[str, Any]) -> TuneReport:
-    # The training imports torch, which takes longer than a client command runs.
-    from server import tuning  # noqa: PLC0415
     from server.supervisor.demo_tasks import DEMO_BASE_ID, demo_base  # noqa: PLC0415
+    from server.tuning import ProgressBar, TuneSettings, trainer  # noqa: PLC0415 - torch, which others start without
 
     base_name = DEMO_BASE_ID if model is None else None
     base = str(demo_base()) if model is None else model
     console = Console(stderr=True)
-    with tuning.ProgressBar(console) if console.is_terminal else nullcontext(_ValidationLines()) as progress:
-        return tuning.tune(tuning.TuneSettings(model=base, base_name=base_name, **settings), progress)
+    with ProgressBar(console) if console.is_terminal else nullcontext(_ValidationLines()) as progress:
+        return trainer.tune(TuneSettings(model=base, base_name=base_name, **settings), progress)
 
 
 class _ValidationLines:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.adapters import RowPool
-from server.engine.delta_plan import plan_deltas
+from server.engine.delta_plan import DeltaPlanner
 from server.engine.graphs import Composition, DecodeRow, GraphInputs
 from server.engine.packing import Placed, place
 from server.engine.prefixes import PrefixRun, unnumbered
@@ -26,6 +26,7 @@ from server.model import (
     SitePlan,
     VarlenRows,
 )
+from server.model.kernels import Kernels
 from server.model.kv_cache import NULL_PAGE, index_tensor
 
 # What a decode group gathers of one layer's pages. On a CPU larger copies leave the processor's cache between being
@@ -71,19 +72,19 @@ class BatchBuilder:
         device: torch.device,
         *,
         is_varlen: bool = False,
-        reads_in_place: bool = False,
+        kernels: Kernels | None = None,
         graph_inputs: GraphInputs | None = None,
     ) -> None:
-        """`device` is where the batch's tensors go; `pool` has the adapters' rows. `is_varlen` and `reads_in_place` say
-        for which attention to plan: one that takes all rows, one that gathers nothing for rows of one token; steps of
-        one token per row go into `graph_inputs` where there are any."""
+        """`device` is where the batch's tensors go; `pool` has the adapters' rows. `is_varlen` says for which attention
+        to plan, `kernels` which there are; steps of one token per row go into `graph_inputs` where there are any."""
         self._shape = shape
         self._pool = pool
+        self._deltas = DeltaPlanner(shape, pool, kernels and kernels.deltas)
         self._page_size = page_size
         self._device = device
         largest = max(KVCache.page_bytes([layer], page_size, shape.dtype) for layer in shape.layers)
         # of a group, at most
-        self._gathered_pages = math.inf if reads_in_place else _GATHER_BYTES[device.type] // largest
+        self._gathered_pages = math.inf if kernels else _GATHER_BYTES[device.type] // largest
         self._is_varlen = is_varlen
         self._graph_inputs = graph_inputs
 
@@ -96,16 +97,16 @@ class BatchBuilder:
                 return padded
         virtual = [given for item in placed for given in _virtual_embeddings(item, self._pool)]
         return StepBatch(
-            token_ids=self._tensor([token for item in placed for token in _token_ids(item.row)]),
+            token_ids=self._tensor([token for item in placed for token in _token_ids(item)]),
             positions=self._tensor([at for item in placed for at in _positions(item.row)]),
             embeddings=virtual,
             attention=self._attention(placed, schedule),
-            deltas=plan_deltas(placed, self._shape, self._pool),
+            deltas=self._deltas.plan(placed),
             logit_tokens=self._tensor(
                 [token for item in placed for token in range(item.stop - item.num_logits, item.stop)]
             ),
             logit_rows=_logit_rows(placed),
-            num_virtual=sum(len(given) for _, given in virtual),
+            num_virtual=sum(map(_num_virtual, placed)),
             wants_states=any(isinstance(run, Sequence) and run.request.classify for run in schedule.rows),
             num_adapters=_num_adapters(placed),
         )
@@ -114,7 +115,7 @@ class BatchBuilder:
         """A batch of rows of one token, in memory that a graph can refer to; None where it does not fit there."""
         rows = [
             DecodeRow(
-                token=next(iter(_token_ids(item.row))),
+                token=next(iter(_token_ids(item))),
                 place=item.row.start,
                 position=next(iter(_positions(item.row))),
                 pages=_block_table(item.row)[: -(-item.row.stop // self._page_size)],
@@ -274,16 +275,27 @@ def _block_table(row: Row) -> list[int]:
     return row.run.pages if isinstance(row.run, PrefixRun) else row.run.block_table
 
 
-def _token_ids(row: Row) -> Iterable[int]:
-    """The row's token ids, 0 for virtual tokens."""
-    if isinstance(row.run, PrefixRun):
-        return [0] * row.count
-    virtual = max(0, min(row.stop, row.run.num_virtual) - row.start)
-    return [0] * virtual + list(row.run.token_ids(row.start + virtual, row.stop))
+def _num_virtual(item: Placed) -> int:
+    """How many of the row's tokens are virtual."""
+    row = item.row
+    return row.count if isinstance(row.run, PrefixRun) else max(0, min(row.stop, row.run.num_virtual) - row.start)
+
+
+def _token_ids(item: Placed) -> Iterable[int]:
+    """The row's token ids, 0 for virtual tokens that are no text."""
+    row, virtual = item.row, _num_virtual(item)
+    ids = [0] * virtual
+    for span in row.run.spans if virtual else ():
+        prefix = item.stack[span.level].layout.prefix
+        assert prefix is not None, "a span is of an adapter with virtual tokens"
+        start, stop = max(span.start, row.start), min(span.stop, row.start + virtual)
+        if prefix.token_ids and start < stop:
+            ids[start - row.start : stop - row.start] = prefix.token_ids[start - span.start : stop - span.start]
+    return ids if isinstance(row.run, PrefixRun) else ids + list(row.run.token_ids(row.start + virtual, row.stop))
 
 
 def _virtual_embeddings(item: Placed, pool: RowPool) -> Iterable[tuple[int, Tensor]]:
-    """Embeddings of the row's virtual tokens, each with its place in the step."""
+    """Embeddings of the row's virtual tokens that are no text, each with its place in the step."""
     row = item.row
     for span in row.run.spans:
         start, stop = max(span.start, row.start), min(span.stop, row.stop)
@@ -292,5 +304,7 @@ def _virtual_embeddings(item: Placed, pool: RowPool) -> Iterable[tuple[int, Tens
             prefix = resident.layout.prefix
             assert prefix is not None, "a span is of an adapter with virtual tokens"
             assert prefix.is_run, "only spans that are run have rows"
+            if prefix.token_ids:
+                continue
             embeddings = resident.block(pool, prefix.blocks[0])
             yield item.start + start - row.start, embeddings[start - span.start : stop - span.start]

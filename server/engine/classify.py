@@ -1,4 +1,4 @@
-"""Classification of a prompt by the head of its stack: the last adapter's that has one.
+"""Classification of a prompt by the head of its stack, of which there is one at most.
 
 A stack with a head classifies and does nothing else: its adapters were trained for the head, and their text would be
 noise.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from server.adapters.stacks import why_no_stack
 from server.engine.protocol import Classification
 from server.engine.sequence import Sequence
 from server.errors import RequestError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 def refusal(sequence: Sequence) -> RequestError | None:
     """Why a sequence asks for what its stack does not do, if it does."""
+    if (reason := why_no_stack(sequence.stack)) is not None:
+        return RequestError("cannot_compose", reason, "user")
     has_head = any(resident.head is not None for resident in sequence.stack)
     if sequence.request.classify == has_head:
         return None
@@ -43,4 +46,4 @@ def classify(sequence: Sequence, state: Tensor, pool: RowPool) -> Classification
 
 
 def _with_head(sequence: Sequence) -> Resident:
-    return next(resident for resident in reversed(sequence.stack) if resident.head is not None)
+    return next(resident for resident in sequence.stack if resident.head is not None)

@@ -28,10 +28,12 @@ from server.engine.protocol import (
     Fatal,
     FromEngine,
     Generate,
+    Healed,
     Inspect,
     Inspected,
     Neighbours,
     NeighboursFound,
+    Pin,
     Ready,
     StepOutput,
     StepStats,
@@ -163,8 +165,20 @@ class EngineClient:
         """Run sequences that belong together: entering the returned stream's block sends them."""
         return TokenStream(self, requests)
 
-    async def inspect(self, request_id: str, folder: str) -> AdapterFacts:
-        """Have the files of a local folder checked against the base, beside the steps.
+    def pin(self, adapters: list[AdapterRef]) -> None:
+        """Have these adapters, and no others, loaded ahead and kept. An engine that is gone does not hear it: say it
+        to the next one."""
+        if self.alive:
+            self._channel.send(Pin(adapters=adapters))
+
+    def healed(self, blobs: list[str]) -> None:
+        """Tell that blobs are whole again: adapters that failed for them need not rest any longer."""
+        if self.alive:
+            self._channel.send(Healed(blobs=blobs))
+
+    async def inspect(self, request_id: str, folder: str, under: AdapterRef | None = None) -> AdapterFacts:
+        """Have the files of a local folder checked against the base, beside the steps, and whether they can be laid
+        over the task's adapter `under`.
 
         Raises `AdapterError` with one of the bad-upload codes, or `RequestError` when the engine dies meanwhile.
         """
@@ -173,7 +187,7 @@ class EngineClient:
         future: asyncio.Future[Inspected] = asyncio.get_running_loop().create_future()
         self._inspections[request_id] = future
         try:
-            self._channel.send(Inspect(id=request_id, folder=folder))
+            self._channel.send(Inspect(id=request_id, folder=folder, under=under))
             answer = await future
         finally:
             self._inspections.pop(request_id, None)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from server.adapters import Resident, RowPool
-from server.adapters.resident import Layout, SiteBlocks
+from server.adapters.resident import Block, Layout
 from server.engine.packing import MANY_TOKENS, Placed
-from server.model import BaseShape, Rows, Segment, SitePlan
+from server.model import BaseShape, DeltaKind, Segment, SiteKind, SitePlan, TokenRows
 from server.model.kv_cache import index_tensor
+from server.model.row_deltas import Kernel
 
+if TYPE_CHECKING:
+    from server.model.delta_kernels import DeltaKernels
 
-def plan_deltas(placed: list[Placed], shape: BaseShape, pool: RowPool) -> SitePlan:
-    """At each level of the stacks: adapters with many tokens each by themselves, the others by their layout, all
-    tokens of one layout together with each token's own rows."""
-    depth = max(len(item.stack) for item in placed)
-    plan: dict[str, list[list[Segment]]] = {}
-    for level in range(depth):
-        for runs in _applied_together(placed, level):
-            for site, segment in _segments(runs, shape, pool):
-                levels = plan.setdefault(site, [[] for _ in range(depth)])
-                levels[level].append(segment)
-    return plan
+_Span = tuple[Resident, slice]  # neighbouring tokens, or neighbouring rows among the logits, of one adapter
 
 
 class _Run(NamedTuple):
@@ -38,62 +33,141 @@ class _Run(NamedTuple):
     logits: slice
 
 
-class _Segments:
-    """Makes the segments of tokens whose adapters have one layout, at all its sites."""
+class DeltaPlanner:
+    """Plans step after step: at each level of the stacks adapters with many tokens each by themselves, the others by
+    their layout, all tokens of one layout together with each token's own rows.
 
-    def __init__(self, pool: RowPool, spans: list[tuple[Resident, slice]]) -> None:
-        """`spans` are in the order of their tokens."""
-        self.spans = spans
+    What does not change between steps is kept: of a layout where its blocks lie, and the last plan while the rows of
+    the step have the same stacks at the same places, as streams that all decode have.
+    """
+
+    def __init__(self, shape: BaseShape, pool: RowPool, kernels: DeltaKernels | None) -> None:
+        """`kernels` take the place of kinds where there are any."""
+        self._shape = shape
         self._pool = pool
-        self._firsts: dict[int, Tensor] = {}
+        self._kernels = kernels
+        self._templates: WeakKeyDictionary[Layout, list[_Template]] = WeakKeyDictionary()
+        self._last: tuple[list[tuple[object, ...]], SitePlan] = ([], {})
 
-    @cached_property
-    def _tokens(self) -> slice | Tensor:
-        """All tokens, as a slice where they are neighbours."""
-        starts, stops = [span.start for _, span in self.spans], [span.stop for _, span in self.spans]
-        if starts[1:] == stops[:-1]:
-            return slice(starts[0], stops[-1])
-        indices = [token for _, span in self.spans for token in range(span.start, span.stop)]
-        return index_tensor(indices, self._pool.device)
+    def plan(self, placed: list[Placed]) -> SitePlan:
+        """The plan of a step's rows."""
+        depth = max(len(item.stack) for item in placed)
+        if not depth:
+            return {}
+        places: list[tuple[object, ...]] = [(item.stack, item.stop, item.logit_stop) for item in placed]
+        if places != self._last[0]:
+            plan: dict[str, list[list[Segment]]] = {}
+            for level in range(depth):
+                for site, segment in self._segments(placed, level):
+                    levels = plan.get(site)
+                    if levels is None:
+                        levels = plan[site] = [[] for _ in range(depth)]
+                    levels[level].append(segment)
+            self._last = places, plan
+        return self._last[1]
 
-    def segment(self, delta: SiteBlocks) -> Segment:
-        """At one site."""
-        if len(self.spans) == 1:
-            resident, span = self.spans[0]
-            return Segment(span, delta.kind, resident.rows(self._pool, delta.blocks), is_each=False)
-        rows = tuple(
-            Rows(self._pool.rows(block.width), self._first(block.width) + block.offset, block.height)
-            for block in delta.blocks
-        )
-        return Segment(self._tokens, delta.kind, rows, is_each=True)
+    def _segments(self, placed: list[Placed], level: int) -> Iterator[tuple[str, Segment]]:
+        """Those of a level, by site."""
+        runs: dict[Layout, list[_Run]] = {}
+        for run in _runs(placed, level):
+            runs.setdefault(run.resident.layout, []).append(run)
+        for layout, own in runs.items():
+            for template in self._templates_of(layout):
+                yield from template.segments(own, self._pool)
 
-    def _first(self, width: int) -> Tensor:
-        """Each token's adapter's first row of a width: `[tokens]`."""
-        first = self._firsts.get(width)
-        if first is None:
-            rows = [resident.first[width] for resident, span in self.spans for _ in range(span.start, span.stop)]
-            first = self._firsts[width] = index_tensor(rows, self._pool.device)
-        return first
-
-
-def _applied_together(placed: list[Placed], level: int) -> Iterator[list[_Run]]:
-    few: dict[Layout, list[_Run]] = {}
-    for run in _runs(placed, level):
-        if run.tokens.stop - run.tokens.start < MANY_TOKENS:
-            few.setdefault(run.resident.layout, []).append(run)
-        else:
-            yield [run]
-    yield from few.values()
+    def _templates_of(self, layout: Layout) -> list[_Template]:
+        templates = self._templates.get(layout)
+        if templates is None:
+            parts: dict[tuple[bool, bool], list[_Delta]] = {}
+            for delta in layout.deltas:
+                site = self._shape.sites[delta.site]
+                kernel = None
+                if self._kernels is not None and site.kind is SiteKind.LINEAR:
+                    kernel = self._kernels.of(delta.kind)
+                part = parts.setdefault((site.is_head, delta.kind.is_elementwise), [])
+                part.append(_Delta(delta.site, delta.kind, delta.blocks, kernel))
+            templates = [_Template(deltas, *which, self._pool.device) for which, deltas in parts.items()]
+            self._templates[layout] = templates
+        return templates
 
 
-def _segments(runs: list[_Run], shape: BaseShape, pool: RowPool) -> Iterator[tuple[str, Segment]]:
-    """The segments of runs of one layout, by site."""
-    for at_head in (False, True):
-        spans = [(run.resident, run.logits if at_head else run.tokens) for run in runs]
-        segments = _Segments(pool, [(resident, span) for resident, span in spans if span.start < span.stop])
-        for delta in runs[0].resident.layout.deltas:
-            if shape.sites[delta.site].is_head == at_head and segments.spans:
-                yield delta.site, segments.segment(delta)
+class _Delta(NamedTuple):
+    """A layout's delta at a site, and what computes it."""
+
+    site: str
+    kind: DeltaKind
+    blocks: Sequence[Block]
+    kernel: Kernel | None
+
+
+class _Template:
+    """Deltas of one layout that take the same tokens together, for any tokens."""
+
+    def __init__(self, deltas: list[_Delta], is_head: bool, is_elementwise: bool, device: torch.device) -> None:
+        """`is_head`: at the output layer, whose rows are the step's logits; elsewhere they are its tokens."""
+        self._is_head = is_head
+        self._joins_all = is_elementwise
+        self._joins_few = not any(delta.kind.by_adapter for delta in deltas)
+        self._deltas: list[tuple[_Delta, list[tuple[int, int]]]] = []
+        offsets: dict[tuple[int, int], list[int]] = {}  # by width and rows: blocks of one shape are found at once
+        for delta in deltas:
+            shapes = []
+            for place, block in enumerate(delta.blocks):
+                is_table = delta.kind.looks_up and place == 0  # of which its first row is enough to know
+                shapes.append((block.width, 1 if is_table else block.height))
+                offsets.setdefault(shapes[-1], []).append(block.offset)
+            self._deltas.append((delta, shapes))
+        self._within = {  # [blocks, 1, rows], counted from the adapter's first row of the width
+            shape: index_tensor(before, device)[:, None, None] + torch.arange(shape[1], device=device)
+            for shape, before in offsets.items()
+        }
+
+    def segments(self, runs: list[_Run], pool: RowPool) -> Iterator[tuple[str, Segment]]:
+        """Those of the runs, which are in the order of their tokens."""
+        spans = [(run.resident, run.logits if self._is_head else run.tokens) for run in runs]
+        for together in self._together([(own, span) for own, span in spans if span.start < span.stop]):
+            yield from self._own_rows(*together[0], pool) if len(together) == 1 else self._each(together, pool)
+
+    def _together(self, spans: list[_Span]) -> Iterator[list[_Span]]:
+        """Spans whose tokens are taken together, each with its own rows."""
+        few: list[_Span] = []
+        for resident, span in spans:
+            if self._joins_all or (self._joins_few and span.stop - span.start < MANY_TOKENS):
+                few.append((resident, span))
+            else:
+                yield [(resident, span)]
+        if few:
+            yield few
+
+    def _own_rows(self, resident: Resident, tokens: slice, pool: RowPool) -> Iterator[tuple[str, Segment]]:
+        """All tokens are of one adapter. The matrix products of many are faster than a kernel that goes by token."""
+        for delta, _ in self._deltas:
+            kernel = delta.kernel if self._joins_all or tokens.stop - tokens.start < MANY_TOKENS else None
+            rows = resident.rows(pool, delta.blocks)
+            yield delta.site, Segment(tokens, delta.kind, rows, is_each=False, kernel=kernel)
+
+    def _each(self, spans: list[_Span], pool: RowPool) -> Iterator[tuple[str, Segment]]:
+        """Each token has its own rows."""
+        tokens = _tokens(spans, pool)
+        firsts: dict[int, Tensor] = {}
+        rows: dict[tuple[int, int], Iterator[TokenRows]] = {}  # of the blocks of a shape, in their order
+        for shape, within in self._within.items():
+            width = shape[0]
+            if width not in firsts:
+                own = [resident.first[width] for resident, span in spans for _ in range(span.start, span.stop)]
+                firsts[width] = index_tensor(own, pool.device)[:, None]
+            rows[shape] = map(partial(TokenRows, pool.rows(width)), (firsts[width] + within).unbind())
+        for delta, shapes in self._deltas:
+            blocks = tuple([next(rows[shape]) for shape in shapes])
+            yield delta.site, Segment(tokens, delta.kind, blocks, is_each=True, kernel=delta.kernel)
+
+
+def _tokens(spans: list[_Span], pool: RowPool) -> slice | Tensor:
+    """All tokens, as a slice where they are neighbours."""
+    starts, stops = [span.start for _, span in spans], [span.stop for _, span in spans]
+    if starts[1:] == stops[:-1]:
+        return slice(starts[0], stops[-1])
+    return index_tensor([token for _, span in spans for token in range(span.start, span.stop)], pool.device)
 
 
 def _runs(placed: list[Placed], level: int) -> Iterable[_Run]:

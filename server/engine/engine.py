@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from server.adapters import Adapter, Bank, RowPool
-from server.adapters.bank import AdapterKey, Ticket
+from server.adapters.loads import AdapterKey
+from server.adapters.tickets import Ticket
 from server.engine.batch import LogitRows, StepBatch
 from server.engine.classify import classify, refusal
 from server.engine.pages import PagePool
 from server.engine.prefixes import Span
-from server.engine.protocol import Classification, Failed, Generate, StepOutput, StepStats, TokenLogprobs, Tokens
+from server.engine.protocol import (
+    AdapterRef,
+    Classification,
+    Failed,
+    Generate,
+    StepOutput,
+    StepStats,
+    TokenLogprobs,
+    Tokens,
+)
 from server.engine.queue import who_makes_room
 from server.engine.runner import Runner
 from server.engine.sampler import Choice, Sampler, log_probabilities
@@ -88,7 +98,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do something; while loads are under way `wake` tells when to look again."""
-        return bool(self._sequences or self._outbox.failed)
+        return bool(self._sequences or self._outbox.failed) or self.bank.has_news
 
     @property
     def must_wait(self) -> bool:
@@ -106,8 +116,7 @@ class Engine:
         self._sequences[request.id] = sequence
         self._held[request.client] += 1
         if request.stack:
-            keys = [AdapterKey(adapter.digest, adapter.files) for adapter in request.stack]
-            self._tickets[request.id] = self.bank.request(request.id, keys, request.client)
+            self._tickets[request.id] = self.bank.request(request.id, _keys(request.stack), request.client)
         else:
             self._enqueue(sequence)
 
@@ -120,6 +129,14 @@ class Engine:
             ticket = self._tickets.pop(request_id, None)
             if ticket is not None:
                 self.bank.cancel(ticket)
+
+    def pin(self, adapters: Iterable[AdapterRef]) -> None:
+        """Load these ahead and keep them; those pinned before and not named are ordinary again."""
+        self.bank.pin(_keys(adapters))
+
+    def heal(self, blobs: Collection[str]) -> None:
+        """These blobs can be read again."""
+        self.bank.heal(blobs)
 
     def step(self) -> StepOutput:
         """One iteration: admit, schedule, run, sample, commit."""
@@ -313,9 +330,14 @@ class Engine:
             bank_bytes=self.bank.used,
             bank_capacity=self.bank.capacity,
             bank_adapters=len(self.bank),
+            bank_pinned_bytes=self.bank.pinned_bytes,
             load_seconds=load_seconds,
         )
         return StepOutput(tokens=outbox.tokens, failed=outbox.failed, stats=stats)
+
+
+def _keys(adapters: Iterable[AdapterRef]) -> list[AdapterKey]:
+    return [AdapterKey(adapter.digest, adapter.files) for adapter in adapters]
 
 
 def _spans(sequence: Sequence) -> tuple[Span, ...]:
@@ -331,13 +353,14 @@ def _spans(sequence: Sequence) -> tuple[Span, ...]:
 
 
 def _score_prompts(scored: list[LogitRows], logits: torch.Tensor) -> None:
-    """Note the log-probabilities of the prompts' tokens that these rows predict; a prompt's first has none."""
+    """Note the log-probabilities of the prompts' tokens that these rows predict; a prompt's first has none, unless a
+    soft prompt stands before it."""
     predicted: list[tuple[Sequence, int, int]] = []  # whose, the row, the token that follows it
     for rows in scored:
         sequence = rows.sequence
         prompt, first = sequence.request.prompt, sequence.sampling.prompt_logprobs_from
         assert first is not None, "only what is to be scored is given"
-        if prompt and not first and not sequence.prompt_logprobs:
+        if prompt and not first and not sequence.prompt_logprobs and not sequence.scores_first:
             sequence.prompt_logprobs.append(None)
         next_index = first + len(sequence.prompt_logprobs)
         shift = rows.stop - sequence.num_computed + sequence.num_virtual - 1  # row of the logits before prompt[0]'s

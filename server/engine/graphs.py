@@ -23,7 +23,7 @@ from torch import Tensor
 
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Layout
-from server.model import AttentionPlan, DecodeGroup, KVCache, Rows, Segment, SitePlan, VarlenRows
+from server.model import AttentionPlan, DecodeGroup, KVCache, Segment, SitePlan, TokenRows, VarlenRows
 from server.model.kv_cache import NULL_PAGE
 
 logger = logging.getLogger("medley.graphs")
@@ -70,16 +70,14 @@ class StaticBatch:
     firsts: dict[tuple[int, Layout], dict[int, Tensor]]  # width → each row's adapter's first pool row [rows]
 
 
-@dataclass(frozen=True, eq=False)
-class _IndexedRows(Rows):
-    """A block of each token's own, `first` being all its rows `[rows, tokens]`: what takes its place in the pool is
-    worked out once per layout, not at every site."""
+class _IndexedRows(TokenRows):
+    """`index` `[tokens, rows]` is the transpose of what lies in memory."""
 
     def gather(self) -> Tensor:
         """`[tokens, rows, width]`."""
-        assert isinstance(self.first, Tensor)
-        picked = self.pool.index_select(0, self.first.flatten())
-        return picked.view(self.count, -1, picked.shape[-1]).transpose(0, 1)
+        index = self.index.t()
+        picked = self.pool.index_select(0, index.flatten())
+        return picked.view(*index.shape, picked.shape[-1]).transpose(0, 1)
 
 
 class GraphInputs:
@@ -172,18 +170,19 @@ class GraphInputs:
                 for width, first in firsts.items()
             }
             for site, kind, blocks in layout.deltas:
-                rows: list[Rows] = []
+                rows: list[TokenRows] = []
                 for block in blocks:
                     start = block.offset - layout.delta_rows[block.width][0]
                     index = indices[block.width][start : start + block.height]
-                    rows.append(_IndexedRows(self._pool.rows(block.width), index, block.height))
+                    rows.append(_IndexedRows(self._pool.rows(block.width), index.t()))
                 levels = plan.setdefault(site, [[] for _ in range(depth)])
                 levels[level].append(Segment(tokens, kind, tuple(rows), is_each=True))
         return plan
 
     def _composition(self, rows: Sequence[DecodeRow]) -> Composition | None:
         layouts = {(level, item.layout) for row in rows for level, item in enumerate(row.stack) if item.layout.deltas}
-        if any(layout.looks_up for _, layout in layouts):  # an index for every row of theirs would be too large
+        # a table's rows are too many for an index of all, rows of those applied by adapter too many for copies of all
+        if any(layout.looks_up or layout.by_adapter for _, layout in layouts):
             return None
         deltas = tuple(sorted(layouts, key=lambda each: (each[0], hash(each[1]))))
         if len(rows) > self._max_rows or sum(len(layout.delta_rows) for _, layout in deltas) > _MAX_FIRST_ROWS:

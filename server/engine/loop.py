@@ -6,7 +6,10 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from server.engine.engine import Engine
-from server.engine.protocol import Abort, Generate, StepOutput
+from server.engine.protocol import Abort, Generate, Healed, Pin, StepOutput
+
+Work = Generate | Abort | Pin | Healed
+"""What the engine is told between steps."""
 
 
 class EngineLoop:
@@ -15,10 +18,10 @@ class EngineLoop:
     def __init__(self, emit: Callable[[StepOutput], None]) -> None:
         """`emit` takes each step's output and must not block."""
         self._emit = emit
-        self._inbox: SimpleQueue[Generate | Abort | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._stopped = False
 
-    def post(self, message: Generate | Abort) -> None:
+    def post(self, message: Work) -> None:
         """Hand a message to the engine before its next step."""
         self._inbox.put(message)
 
@@ -34,27 +37,33 @@ class EngineLoop:
     def run(self, engine: Engine) -> None:
         """Step for as long as there is work, until stopped."""
         while not self._stopped:
-            aborted = self._receive(engine)
-            if engine.has_work or aborted:  # a step without rows tells the figures after an abort
+            changed = self._receive(engine)
+            if engine.has_work or changed:  # a step without rows tells the figures, and begins to load what is pinned
                 self._emit(engine.step())
 
     def _receive(self, engine: Engine) -> bool:
         """Everything in the inbox; with nothing to step, wait for it (for deadlines, not for ever). Returns whether
-        a sequence was aborted."""
+        anything but new sequences came."""
         block = not engine.has_work or engine.must_wait
         timeout = 1.0 if engine.has_work else None
-        aborted = False
+        changed = False
         while True:
             try:
                 message = self._inbox.get(block=block, timeout=timeout)
             except Empty:
-                return aborted
+                return changed
             block = False
             match message:
                 case Generate():
                     engine.add(message)
                 case Abort():
                     engine.abort(message.id)
-                    aborted = True
+                    changed = True
+                case Pin():
+                    engine.pin(message.adapters)
+                    changed = True
+                case Healed():
+                    engine.heal(message.blobs)
+                    changed = True
                 case None:
                     pass

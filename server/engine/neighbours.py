@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from server.adapters import Adapter
-from server.adapters.method import EmbeddingPrefix, KeyValuePrefix
+from server.adapters.method import EmbeddingPrefix, KeyValuePrefix, TokenPrefix
 from server.engine.protocol import LayerNorms, Neighbour, VirtualToken
 from server.errors import RequestError
 from server.model import FrozenBase
@@ -23,6 +23,9 @@ def virtual_tokens(adapter: Adapter, base: FrozenBase, k: int) -> list[VirtualTo
     prefix of keys and values. Raises `RequestError` for an adapter without virtual tokens."""
     match adapter.prefix:
         case EmbeddingPrefix(embeddings=embeddings):
+            return _nearest(embeddings, base, min(k, base.vocab_size))
+        case TokenPrefix(token_ids=token_ids):
+            embeddings = base.embed(torch.tensor(token_ids, device=base.device))
             return _nearest(embeddings, base, min(k, base.vocab_size))
         case KeyValuePrefix():
             return []

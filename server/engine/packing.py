@@ -6,6 +6,7 @@ adapters of one layout, are neighbours where that is possible.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,7 +46,11 @@ def place(schedule: Schedule) -> list[Placed]:
     stacks: Mapping[Sequence | PrefixRun, tuple[Resident, ...]] = {
         run: (run if isinstance(run, Sequence) else schedule.owners[run]).stack for run in schedule.rows
     }
-    rows = sorted(schedule, key=lambda row: _packing_order(row, stacks[row.run]))
+    tokens_of = Counter[tuple[Resident, ...]]()  # each stack's, in short rows
+    for row in schedule:
+        if row.count < MANY_TOKENS:
+            tokens_of[stacks[row.run]] += row.count
+    rows = sorted(schedule, key=lambda row: _packing_order(row, stacks[row.run], tokens_of[stacks[row.run]]))
     placed: list[Placed] = []
     token = logit = 0
     for row in rows:
@@ -64,9 +69,11 @@ def _wanted_logits(row: Row) -> int:
     return max(0, row.stop - max(row.start, run.first_logit))
 
 
-def _packing_order(row: Row, stack: tuple[Resident, ...]) -> tuple[bool, list[int], list[str]]:
+def _packing_order(row: Row, stack: tuple[Resident, ...], tokens: int) -> tuple[bool, list[int], bool, list[str]]:
+    """`tokens` of the stack's short rows: where they are many they must not part the others of their layout."""
     return (
         row.count >= MANY_TOKENS,
         [hash(resident.layout) for resident in stack],
+        tokens >= MANY_TOKENS,
         [resident.digest for resident in stack],
     )

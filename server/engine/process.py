@@ -7,6 +7,7 @@ is this process.
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import threading
@@ -22,8 +23,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from adapters_store import LocalBlobs, VersionCorrupt
-from server.adapters import METHODS, Adapter, Checkpoint, MethodFacts, read_adapter
+from adapters_store import StoreUnavailable, VersionCorrupt, open_blobs
+from server.adapters import METHODS, Adapter, Checkpoint, MethodFacts, read_adapter, why_no_stack
+from server.adapters.shared import shared_bytes
 from server.engine.channel import Channel
 from server.engine.engine import Engine, EngineLimits
 from server.engine.loop import EngineLoop
@@ -36,11 +38,13 @@ from server.engine.protocol import (
     Failed,
     Fatal,
     Generate,
+    Healed,
     Inspect,
     Inspected,
     MethodEntry,
     Neighbours,
     NeighboursFound,
+    Pin,
     Ready,
     ToEngine,
 )
@@ -86,7 +90,7 @@ class EngineProcess:
         self._channel = channel
         self._outgoing: SimpleQueue[msgspec.Struct] = SimpleQueue()
         self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload-check")
-        self._blobs = LocalBlobs(Path(settings.blobs))
+        self._blobs = open_blobs(settings.blobs, Path(settings.blob_cache), settings.blob_cache_bytes)
         if settings.max_batch_tokens < settings.max_seqs:
             raise StartupError(
                 f"--max-batch-tokens {settings.max_batch_tokens} is less than --max-seqs {settings.max_seqs}: every "
@@ -99,6 +103,10 @@ class EngineProcess:
         limits = _limits(settings, self._base)
         self._loop = EngineLoop(self._outgoing.put)
         self._engine = Engine(self._base, limits, self._load_adapter, self._loop.wake)
+        # The base and the libraries stay as long as the process: a collection that visits all of their objects again
+        # would hold a step for some tenths of a second.
+        gc.collect()
+        gc.freeze()
         channel.send(Ready(base=_facts(settings, self._base, folder, limits)))
 
     def run(self) -> None:
@@ -112,7 +120,7 @@ class EngineProcess:
         try:
             while (message := self._channel.receive()) is not None:
                 match message:
-                    case Generate() | Abort():
+                    case Generate() | Abort() | Pin() | Healed():
                         self._loop.post(message)
                     case Inspect():
                         self._checks.submit(self._inspect, message)
@@ -133,8 +141,11 @@ class EngineProcess:
 
     def _inspect(self, message: Inspect) -> None:
         try:
-            adapter = read_adapter(Checkpoint.open(Path(message.folder), self._base.dtype), self._base.shape)
-            self._check_size(adapter)
+            room = self._engine.bank.capacity
+            adapter = read_adapter(Checkpoint.open(Path(message.folder), self._base.dtype, room), self._base.shape)
+            self._check_size([adapter])
+            if message.under is not None:
+                self._check_stack([self._load_adapter(message.under.files), adapter])
         except RequestError as error:
             failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
             self._outgoing.put(Inspected(id=message.id, error=failed))
@@ -159,27 +170,41 @@ class EngineProcess:
             found = NeighboursFound(id=message.id, error=failed)
         self._outgoing.put(found)
 
-    def _check_size(self, adapter: Adapter) -> None:
+    def _check_stack(self, stack: list[Adapter]) -> None:
+        """Refuse what cannot be laid over the task's adapter."""
+        reason = why_no_stack(stack)
+        if reason is not None:
+            raise AdapterError("cannot_compose", reason, "mode")
+        self._check_size(stack)
+
+    def _check_size(self, stack: list[Adapter]) -> None:
         """Refuse what fits the base but could never be served here."""
-        if adapter.virtual_tokens >= self._base.max_model_len:
-            message = f"{adapter.virtual_tokens} virtual tokens leave no room in the model's {self._base.max_model_len}"
+        virtual_tokens = sum(adapter.virtual_tokens for adapter in stack)
+        if virtual_tokens >= self._base.max_model_len:
+            message = f"{virtual_tokens} virtual tokens leave no room in the model's {self._base.max_model_len}"
             raise AdapterError("base_mismatch", message, "num_virtual_tokens")
-        if adapter.bytes > self._engine.bank.capacity:
-            message = (
-                f"resident it takes {adapter.bytes} bytes; the server's adapter memory is {self._engine.bank.capacity}"
-            )
+        num_bytes, capacity = sum(adapter.bytes for adapter in stack), self._engine.bank.capacity
+        num_bytes += shared_bytes(delta for adapter in stack for delta in adapter.deltas.values())
+        if num_bytes > capacity:
+            subject = "it takes" if len(stack) == 1 else "it and the task's adapter take"
+            message = f"resident {subject} {num_bytes} bytes; the server's adapter memory is {capacity}"
             raise AdapterError("too_large", message)
 
     def _load_adapter(self, files: Mapping[str, str]) -> Adapter:
         """Read a stored adapter; on a loader's thread."""
         try:
             contents = {name: self._blobs.read(sha256) for name, sha256 in files.items()}
+        except StoreUnavailable as error:
+            raise RequestError("store_unavailable", str(error)) from error
         except (VersionCorrupt, OSError) as error:
-            raise RequestError("adapter_unavailable", f"the version's files cannot be read: {error}") from error
+            message = f"this version's content is damaged: {error}; uploading the same content again heals it"
+            raise RequestError("version_corrupt", message) from error
         try:
-            return read_adapter(Checkpoint.parse(contents, self._base.dtype), self._base.shape)
+            checkpoint = Checkpoint.parse(contents, self._base.dtype, self._engine.bank.capacity)
+            return read_adapter(checkpoint, self._base.shape)
         except AdapterError as error:
-            raise RequestError("adapter_unavailable", f"the version no longer loads: {error.message}") from error
+            code = "adapter_too_large" if error.code == "too_large" else "adapter_unavailable"
+            raise RequestError(code, f"the version no longer loads: {error.message}") from error
 
 
 def _adapter_facts(adapter: Adapter) -> AdapterFacts:

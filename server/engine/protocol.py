@@ -4,7 +4,7 @@ Frozen msgspec structs, one MessagePack frame each, over one stream socket (`ser
 name their adapters by content, so the engine needs the blob store but no index; text stays on the HTTP side,
 so the engine knows token ids only. This module knows no torch.
 
-    HTTP → engine   Configure, once; then Generate, Abort, Inspect, Neighbours
+    HTTP → engine   Configure, once; then Generate, Abort, Pin, Healed, Inspect, Neighbours
     engine → HTTP   Ready, once; then StepOutput after each step, Inspected per upload, NeighboursFound per question,
                     Fatal before it dies
 """
@@ -35,7 +35,9 @@ class Configure(Message, frozen=True, kw_only=True):
     adapter_bytes: int
     page_size: int
     max_queue: int
-    blobs: str  # the blob store's folder
+    blobs: str  # the blob store, as `open_blobs` takes it
+    blob_cache: str  # a folder for copies of its blobs, where it is a bucket
+    blob_cache_bytes: int
     cache: str  # a folder for what may be computed again: fingerprints
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
@@ -78,6 +80,7 @@ class Generate(Message, frozen=True, kw_only=True):
     classify: bool = False  # the stack's classification head answers, with the prompt's scores; `max_tokens` is 0
     choice: int = 0  # index among the request's choices; with seed and position it fixes the noise
     client: str = ""  # who is served: fairness is between clients
+    tenant: str = ""  # only its own requests find in the KV cache what it has computed
     priority: int = 0  # 0–9; lower starts earlier
     deadline: float  # Unix time in seconds
 
@@ -88,11 +91,24 @@ class Abort(Message, frozen=True, kw_only=True):
     id: str
 
 
+class Pin(Message, frozen=True, kw_only=True):
+    """These adapters, and no others, are loaded ahead and stay in the bank from now on."""
+
+    adapters: list[AdapterRef]
+
+
+class Healed(Message, frozen=True, kw_only=True):
+    """These blobs are whole again: adapters that failed for them may be read at once."""
+
+    blobs: list[str]  # sha256
+
+
 class Inspect(Message, frozen=True, kw_only=True):
     """Check an adapter's files in a local folder against the base, beside the steps."""
 
     id: str
     folder: str
+    under: AdapterRef | None = None  # the task's adapter, over which these files are to be laid
 
 
 class Neighbours(Message, frozen=True, kw_only=True):
@@ -124,7 +140,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first tokens; of the prompt's first: None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """With the first tokens. None of the prompt's first, unless a soft prompt stands before it."""
     classification: Classification | None = None
     finish_reason: str | None = None  # stop | length
     stop_token: int | None = None  # the id that ended it; not in `token_ids`
@@ -161,6 +178,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     bank_bytes: int
     bank_capacity: int
     bank_adapters: int
+    bank_pinned_bytes: int = 0  # of `bank_bytes`, what never leaves
     load_seconds: list[float]  # of adapters that became resident since the step before
 
 
@@ -265,5 +283,5 @@ class Fatal(Message, frozen=True, kw_only=True):
     message: str
 
 
-ToEngine = Configure | Generate | Abort | Inspect | Neighbours
+ToEngine = Configure | Generate | Abort | Pin | Healed | Inspect | Neighbours
 FromEngine = Ready | StepOutput | Inspected | NeighboursFound | Fatal

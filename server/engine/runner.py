@@ -16,7 +16,7 @@ from server.engine.graphs import Composition, DecodeGraphs, GraphInputs
 from server.engine.scheduler import PrefixCopy, Schedule
 from server.model import AttentionPlan, FrozenBase, KVCache, PagedAttention, SitePlan, VarlenAttention
 from server.model.attention import Attention
-from server.model.gathered_attention import find_decode_kernel
+from server.model.kernels import find_kernels
 from server.model.kv_cache import index_tensor
 from server.model.varlen_attention import Kernel, find_kernel
 
@@ -37,13 +37,13 @@ class Runner:
         self._kernel: Kernel | None = None
         self._inputs: GraphInputs | None = None
         self._graphs: DecodeGraphs | None = None
-        self._decode_kernel, reason = find_decode_kernel(base.device, base.dtype)
+        self._compiled, reason = find_kernels(base.device, base.dtype)
         self.states: Tensor | None = None  # of the last step's logits the head's inputs [num_logits, hidden], if wanted
         if self._is_cuda:
             self._kernel, reason = find_kernel(base, cache.page_size)
             self.pad_decode_steps()
             self._graphs = DecodeGraphs(self._run_composition, max_rows)
-        self._reads_in_place = self._kernel is not None or self._decode_kernel is not None
+        self._reads_in_place = self._kernel is not None or self._compiled is not None
         logger.info("attention %s: %s", "in place" if self._reads_in_place else "over gathered pages", reason)
 
     def pad_decode_steps(self) -> None:
@@ -64,7 +64,7 @@ class Runner:
             self._cache.page_size,
             self._base.device,
             is_varlen=self._kernel is not None,
-            reads_in_place=self._decode_kernel is not None,
+            kernels=self._compiled,
             graph_inputs=self._inputs,
         )
 
@@ -104,7 +104,7 @@ class Runner:
         if self._kernel is not None:
             attention = VarlenAttention(self._cache, plan, self._kernel)
         else:
-            attention = PagedAttention(self._cache, plan, self._is_cuda, self._decode_kernel)
+            attention = PagedAttention(self._cache, plan, self._is_cuda, self._compiled and self._compiled.decode)
         return self._base.forward(embeddings, positions, attention, deltas, logit_tokens, states)
 
     def _prepare_pages(self, schedule: Schedule) -> None:

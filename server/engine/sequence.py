@@ -49,8 +49,9 @@ class Sequence:
 
     @property
     def stack_key(self) -> tuple[str, ...]:
-        """The stack by content."""
-        return tuple(resident.digest for resident in self.stack)
+        """The stack by content, and whose it is: pages are never shared between tenants, or how fast an answer comes
+        would tell what others have asked."""
+        return (self.request.tenant, *(resident.digest for resident in self.stack))
 
     @property
     def num_virtual(self) -> int:
@@ -59,9 +60,15 @@ class Sequence:
 
     @property
     def num_prefix(self) -> int:
-        """Positions that come from the prefix's pages. A sequence without text runs the last virtual token
-        itself, since it needs that token's logits."""
-        return self.num_virtual if self.request.prompt else max(self.num_virtual - 1, 0)
+        """Positions that come from the prefix's pages. A sequence without text, or whose text is scored from its first
+        token on, runs a soft prompt's last virtual token itself, since it needs that token's logits."""
+        needs_last = not self.request.prompt or self.scores_first
+        return max(self.num_virtual - 1, 0) if needs_last else self.num_virtual
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether the prompt's first token is to be scored and a virtual token that is run predicts it."""
+        return self.sampling.prompt_logprobs_from == 0 and bool(self.spans) and self.spans[-1].is_run
 
     @property
     def num_cached(self) -> int:
@@ -91,7 +98,7 @@ class Sequence:
         if scored_from is not None:
             index = scored_from + len(self.prompt_logprobs)
             if index < len(self.request.prompt):
-                return self.num_virtual + max(index - 1, 0)
+                return self.num_virtual + (index - 1 if index or self.scores_first else 0)
         return self.num_tokens - 1
 
     @property

@@ -1,7 +1,7 @@
 """Shared text: which cached pages a sequence starts behind, and which of its own it leaves for others.
 
-Full pages are shared, and nobody writes to a full page again. A sequence without a prompt has no text that another
-could begin with and takes no part.
+Full pages are shared, and nobody writes to a full page again. A sequence that runs its last virtual token itself has no
+text that another could begin with (it has none, or all of it is scored) and takes no part.
 
 A choice that is scored leaves nothing of the choice itself, only its input; of that also the last, partly filled page:
 as long as it runs it writes there, so it leaves that page when it ends, and other choices for the same input begin
@@ -21,7 +21,7 @@ def cached_text(sequence: Sequence, prefix: PrefixRun, page_size: int) -> list[C
     Positions whose logits are needed are never among it: its last, and those that score its prompt.
     """
     nodes: list[CachedPages] = []
-    if not sequence.request.prompt:
+    if sequence.num_prefix < sequence.num_virtual:
         return nodes
     children = prefix.children
     for page in range(sequence.num_virtual // page_size, sequence.first_logit // page_size):
@@ -39,7 +39,7 @@ def share_pages(sequence: Sequence, cache: PageCache, page_size: int, first_row:
     Another may have cached the same content. A page that this step's row still writes then stays the sequence's own
     until its next step, which exchanges it: two rows never write one page.
     """
-    if not sequence.request.prompt:
+    if sequence.num_prefix < sequence.num_virtual:
         return
     assert sequence.prefix is not None
     stop = sequence.num_computed if sequence.input_stop is None else min(sequence.num_computed, sequence.input_stop)

@@ -1,7 +1,7 @@
 """Attention over pages that are gathered: each row's copied side by side, then torch's own attention.
 
 Works on every device, in every data type, with everything that a class may ask for (`AttentionOptions`). Rows of one
-token need not be gathered where there is a kernel for them (`find_decode_kernel`).
+token need not be gathered where there is a kernel for them (`server.model.kernels`).
 """
 
 from __future__ import annotations
@@ -107,18 +107,6 @@ class PagedAttention:
                 seen &= context > position - window
             mask = self._masks[row, window] = _additive(seen, dtype)[None, None]
         return mask
-
-
-def find_decode_kernel(device: torch.device, dtype: torch.dtype) -> tuple[DecodeKernel | None, str]:
-    """The compiled kernel for rows of one token, or None, and in words which or why not."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return None, f"no kernel for {dtype} on {device.type}"
-    try:
-        from server.model.decode_kernel import DecodeKernel  # noqa: PLC0415 - only where it is used: it is compiled
-
-        return DecodeKernel(), "compiled"
-    except (ImportError, OSError) as error:
-        return None, f"the kernel cannot be had: {error}"
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Row deltas: what adapters change at the sites of a step, and how the changes are applied to its tokens.
 
 In a stack of adapters M₀ is the base's module and Mₖ is adapter k's change of Mₖ₋₁ (task first, then user): an
-input scale gives Mₖ(x) = Mₖ₋₁(l ⊙ x), everything else adds to or scales the output of Mₖ₋₁(x).
+input scale gives Mₖ(x) = Mₖ₋₁(l ⊙ x), everything else adds to or scales the output of Mₖ₋₁(x). What is relative to the
+base (D, say: another module in its place) contributes its difference: Mₖ(x) = Mₖ₋₁(x) + D(x) - M₀(x).
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import torch
 from torch import Tensor
 
 
-class DeltaKind(ABC):  # noqa: B024 - a kind changes inputs, outputs or both; none is right for all
+class DeltaKind(ABC):  # noqa: B024 - a kind changes inputs or outputs; neither is right for all
     """How deltas of one kind change a module, for several groups of tokens at once, each group with its own rows.
 
-    Frozen and equal by value: what is not a tensor (an activation, say) is a field.
+    Frozen and equal by value: what is not a tensor (an activation, say) is a field. Rows of zeros change nothing: a
+    step is filled up with tokens whose rows are zero.
     """
 
-    changes_input: bool = False
+    changes_input: bool = False  # and then no output
     looks_up: bool = False  # its first block has a row for each token id; it gets each token's: [groups, tokens, width]
+    is_relative: bool = False  # its change is meant for the base's own output
+    is_elementwise: bool = False  # so cheap that many tokens of one adapter may each have a copy of its rows
+    compiled: str | None = None  # the kernel that computes the same, of `server.model.delta_kernels`
+    by_adapter: bool = False  # its blocks are too large for a copy per token: each adapter is applied by itself
 
-    def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - most change outputs only
+    def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - most change outputs
         """Change `inputs` `[groups, tokens, in]`, a copy that is this site's own; `blocks` `[groups, rows, width]`."""
 
     def change_output(self, inputs: Tensor, outputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - see above
@@ -41,22 +47,47 @@ class RowDelta:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One block of the deltas of a group: rows out of a pool."""
+    """One block of one adapter's delta: rows of a pool."""
 
     pool: Tensor  # [all rows, width]
-    first: int | Tensor  # the block's first row: one adapter's, or each token's [tokens]
+    first: int  # the block's first row
     count: int
 
     def gather(self) -> Tensor:
-        """`[groups, rows, width]`: one group with one adapter's rows, or a group for each token."""
-        if isinstance(self.first, int):
-            return self.pool[self.first : self.first + self.count][None]
-        index = self.first[:, None] + torch.arange(self.count, device=self.first.device)
-        return self.pool.index_select(0, index.flatten()).view(len(index), self.count, -1)
+        """`[1, rows, width]`, as they lie in the pool."""
+        return self.pool.narrow(0, self.first, self.count)[None]
 
     def look_up(self, token_ids: Tensor) -> Tensor:
         """`[tokens, width]`: of a block with a row for each token id, each token's own."""
-        return self.pool.index_select(0, self.first + token_ids)
+        return self.pool.index_select(0, token_ids + self.first)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """One block of the deltas of several tokens, each with rows of its own: rows of a pool."""
+
+    pool: Tensor  # [all rows, width]
+    index: Tensor  # [tokens, rows]; of a block with a row for each token id the first one, [tokens, 1]
+
+    @property
+    def count(self) -> int:
+        """Rows of a token."""
+        return self.index.shape[1]
+
+    def gather(self) -> Tensor:
+        """`[tokens, rows, width]`, a copy."""
+        return self.pool.index_select(0, self.index.reshape(-1)).view(*self.index.shape, -1)
+
+    def look_up(self, token_ids: Tensor) -> Tensor:
+        """See `Rows`."""
+        return self.pool.index_select(0, token_ids + self.index[:, 0])
+
+
+Blocks = tuple[Rows, ...] | tuple[TokenRows, ...]
+
+Kernel = Callable[[Tensor, Tensor, slice | Tensor, Blocks], None]
+"""Changes those rows of the second tensor that the third names in place, given the same of the first; both
+`[all, width]`."""
 
 
 class Segment(NamedTuple):
@@ -64,8 +95,9 @@ class Segment(NamedTuple):
 
     tokens: slice | Tensor
     kind: DeltaKind
-    blocks: tuple[Rows, ...]
+    blocks: Blocks
     is_each: bool  # each token has its own rows
+    kernel: Kernel | None = None  # in place of the kind
 
 
 SitePlan = Mapping[str, Sequence[Sequence[Segment]]]
@@ -78,54 +110,91 @@ def apply_levels(
     """Mₙ(inputs): input changes from the last level to the first, the base, output changes back up."""
     seen: list[Tensor] = []  # the input of each level's Mₖ, last level first
     for segments in reversed(levels):
-        seen.append(as_rows(inputs))
-        inputs = _changed_input(inputs, segments)
+        seen.append(inputs)
+        if any(segment.kind.changes_input for segment in segments):
+            inputs = _changed_input(inputs, segments)
     outputs = base_forward(inputs)
     if not outputs.is_contiguous():
         outputs = outputs.contiguous()
-    change_outputs(outputs, zip(levels, reversed(seen), strict=True))
+    change_outputs(outputs, zip(levels, reversed(seen), strict=True), base_forward)
     return outputs
 
 
-def change_outputs(outputs: Tensor, levels: Iterable[tuple[Sequence[Segment], Tensor]]) -> None:
-    """Apply each level's segments to `outputs` in place, given the level's inputs as rows."""
-    rows = as_rows(outputs)
-    for segments, inputs in levels:
+def change_outputs(
+    outputs: Tensor,
+    levels: Iterable[tuple[Sequence[Segment], Tensor]],
+    base_forward: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Apply each level's segments to `outputs` in place, given the level's inputs; `base_forward` is what relative
+    kinds are relative to, for modules that can have them."""
+    rows = _as_rows(outputs)
+    for level, (segments, inputs) in enumerate(levels):
+        seen_rows = _as_rows(inputs)
         for segment in segments:
-            chosen = rows[segment.tokens]
-            seen = inputs[segment.tokens]
-            blocks = _gathered(segment, seen)
-            segment.kind.change_output(_grouped(seen, segment), _grouped(chosen, segment), *blocks)
-            if isinstance(segment.tokens, Tensor):  # a copy was changed
-                rows[segment.tokens] = chosen
+            tokens, kind, blocks, is_each, kernel = segment
+            if kind.changes_input:
+                continue
+            if kernel is not None:
+                kernel(seen_rows, rows, tokens, blocks)
+                continue
+            chosen, seen = _chosen(rows, tokens), _chosen(seen_rows, tokens)
+            if kind.is_relative and level and base_forward is not None:
+                own = base_forward(seen)
+                changed = own.clone(memory_format=torch.contiguous_format)
+                _change_output(segment, _grouped(seen, is_each), _grouped(changed, is_each))
+                chosen += changed - own
+            else:
+                _change_output(segment, _grouped(seen, is_each), _grouped(chosen, is_each))
+            if isinstance(tokens, Tensor):  # a copy was changed
+                rows[tokens] = chosen
 
 
-def _gathered(segment: Segment, inputs: Tensor) -> list[Tensor]:
-    if not segment.kind.looks_up:
-        return [block.gather() for block in segment.blocks]
-    table, *blocks = segment.blocks
-    return [_grouped(table.look_up(inputs[:, 0]), segment), *(block.gather() for block in blocks)]
+def _change_output(segment: Segment, inputs: Tensor, outputs: Tensor) -> None:
+    """Change `outputs` `[groups, tokens, out]` in place."""
+    kind, blocks = segment.kind, segment.blocks
+    if kind.looks_up:
+        table, *others = blocks
+        looked_up = table.look_up(inputs.flatten()).view(*inputs.shape[:2], -1)
+        kind.change_output(inputs, outputs, looked_up, *[block.gather() for block in others])
+    else:
+        kind.change_output(inputs, outputs, *[block.gather() for block in blocks])
 
 
 def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
-    changing = [segment for segment in segments if segment.kind.changes_input]
-    if not changing:
-        return inputs
     inputs = inputs.clone(memory_format=torch.contiguous_format)  # the base's other modules read the original too
-    rows = as_rows(inputs)
-    for segment in changing:
-        chosen = rows[segment.tokens]
-        segment.kind.change_input(_grouped(chosen, segment), *[block.gather() for block in segment.blocks])
-        if isinstance(segment.tokens, Tensor):
-            rows[segment.tokens] = chosen
+    rows = _as_rows(inputs)
+    for tokens, kind, blocks, is_each, kernel in segments:
+        if kind.changes_input and kernel is not None:
+            kernel(rows, rows, tokens, blocks)
+        elif kind.changes_input:
+            chosen = _chosen(rows, tokens)
+            kind.change_input(_grouped(chosen, is_each), *[block.gather() for block in blocks])
+            if isinstance(tokens, Tensor):
+                rows[tokens] = chosen
     return inputs
 
 
-def as_rows(values: Tensor) -> Tensor:
+def _as_rows(values: Tensor) -> Tensor:
     """`[tokens, width]`; for a norm of each head `[tokens, heads, width]`."""
-    return values.flatten(0, 1) if values.dim() == 4 else values.reshape(-1, values.shape[-1])
+    match values.dim():
+        case 2:
+            return values
+        case 4:
+            return values.flatten(0, 1)
+        case _:
+            return values.reshape(-1, values.shape[-1])
 
 
-def _grouped(tokens: Tensor, segment: Segment) -> Tensor:
+def _chosen(rows: Tensor, tokens: slice | Tensor) -> Tensor:
+    """A view where the tokens are neighbours, else a copy."""
+    if isinstance(tokens, Tensor):
+        return rows.index_select(0, tokens)
+    count = tokens.stop - tokens.start
+    return rows if count == rows.shape[0] else rows.narrow(0, tokens.start, count)
+
+
+def _grouped(tokens: Tensor, is_each: bool) -> Tensor:
     """`[tokens, (heads,) width]` as `[groups, tokens of a group, width]`: heads are like tokens of the group."""
-    return tokens.view(len(tokens), -1, tokens.shape[-1]) if segment.is_each else tokens.flatten(0, -2)[None]
+    if tokens.dim() == 2:
+        return tokens.unsqueeze(1 if is_each else 0)
+    return tokens if is_each else tokens.flatten(0, -2)[None]

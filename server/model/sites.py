@@ -18,7 +18,7 @@ from server.model import products
 from server.model.attention import Attention, AttentionOptions
 from server.model.blocks import Block
 from server.model.norms import NormForm
-from server.model.row_deltas import SitePlan, apply_levels, as_rows, change_outputs
+from server.model.row_deltas import SitePlan, apply_levels, change_outputs
 
 
 class SiteKind(Enum):
@@ -119,7 +119,7 @@ class Sites:
         def forward(inputs: Tensor) -> Tensor:
             outputs = base_forward(inputs)
             if levels := self._plan.get(site):
-                residual = as_rows(self._residuals.pop(site))
+                residual = self._residuals.pop(site)
                 change_outputs(outputs, ((segments, residual) for segments in levels))
             return outputs
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adapters_store import DataFolder
+from adapters_store import BlobStore, DataFolder, blobs_url, open_blobs
 from server.engine.protocol import Configure
 from server.errors import StartupError
 from server.settings import GIB, Settings
 from server.supervisor.demo_tasks import DEMO_BASE_ID, demo_base
 
 
-def blobs_folder(settings: Settings, data: DataFolder) -> Path:
-    """Where the adapters' files are. Raises `StartupError` for a store that is no folder."""
+def store_url(settings: Settings, data: DataFolder) -> str:
+    """Where the adapters' files are. Raises `StartupError` for what is no such place."""
     if settings.store is None:
-        return data.blobs
-    if "://" in settings.store:
-        raise StartupError(f"--store {settings.store}: only a folder is supported; give its path")
-    return Path(settings.store).resolve()
+        return str(data.blobs)
+    try:
+        return blobs_url(settings.store)
+    except ValueError as error:
+        raise StartupError(f"--store: {error}") from error
+
+
+def blob_store(settings: Settings, data: DataFolder) -> BlobStore:
+    """The adapters' files, for this process; the engine process opens the same place and the same cache."""
+    return open_blobs(store_url(settings, data), data.blob_cache, int(settings.store_cache * GIB))
 
 
 def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
@@ -40,7 +46,9 @@ def engine_configuration(settings: Settings, data: DataFolder) -> Configure:
         adapter_bytes=int(settings.adapter_memory * GIB),
         page_size=settings.page_size,
         max_queue=settings.max_queue,
-        blobs=str(blobs_folder(settings, data)),
+        blobs=store_url(settings, data),
+        blob_cache=str(data.blob_cache),
+        blob_cache_bytes=int(settings.store_cache * GIB),
         cache=str(data.cache),
         log_level=settings.log_level,
         log_format=settings.log_format,

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from server.api import Services, publish_folder, put_settings
+from server.api import Caller, Services, publish_folder, put_settings
 from server.api.schemas.tasks import TaskBody
 from server.errors import StartupError
 
@@ -54,7 +54,7 @@ async def publish_demo(services: Services, marker: Path) -> None:
         marker.touch()  # noqa: ASYNC240
     for entry in demo_tasks():
         settings = {"description": entry.description, "template": entry.template, "defaults": entry.defaults}
-        await put_settings(services, entry.task, TaskBody.model_validate(settings))
+        await put_settings(services, Caller(), entry.task, TaskBody.model_validate(settings))
         await publish_folder(services, entry.task, _demo_folder() / "adapters" / entry.adapter, activate=True)
     marker.unlink()  # noqa: ASYNC240
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,16 @@ CLOSE_SECONDS = 5  # for answers that are under way when it stops; draining is o
 BACKLOG = 2048
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `StartupError` when the address cannot be had."""
+def listen(host: str, port: int, *, beyond_loopback: bool) -> socket.socket:
+    """A listening socket. Raises `StartupError` when the address cannot be had, or, unless `beyond_loopback`, when
+    others than this machine's own users could reach it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not beyond_loopback and not _is_loopback(str(address[0])):
+            raise StartupError(
+                f"--host {host} lets other machines in, and without keys each of them may do everything: ask for keys "
+                "with --auth (`medley keys create` makes them), or, where the network is trusted, give --insecure"
+            )
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -34,6 +41,10 @@ def listen(host: str, port: int) -> socket.socket:
         message = f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host and --port"
         raise StartupError(message) from error
     return listener
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback  # what follows "%" is an interface
 
 
 def url_of(listener: socket.socket) -> str:

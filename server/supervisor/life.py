@@ -11,12 +11,21 @@ from typing import Any
 import structlog
 from uvicorn.loops.auto import auto_loop_factory
 
-from adapters_store import DataFolder, LocalBlobs, RedisIndex, StoreError, StoreUnavailable, TaskDirectory
+from adapters_store import (
+    BlobStore,
+    BucketRefused,
+    DataFolder,
+    GarbageCollector,
+    RedisIndex,
+    StoreError,
+    StoreUnavailable,
+    TaskDirectory,
+)
 from server.api import LastUsed, Metrics, Services, create_app
 from server.errors import MedleyError, RequestError, StartupError
 from server.logs import configure_logging
 from server.settings import Settings
-from server.supervisor.configuration import blobs_folder, engine_configuration
+from server.supervisor.configuration import blob_store, engine_configuration
 from server.supervisor.demo_tasks import commands_to_try, publish_demo
 from server.supervisor.engine_child import EngineChild
 from server.supervisor.http_server import HttpServer, listen, url_of
@@ -70,7 +79,9 @@ async def _start(settings: Settings, parts: AsyncExitStack) -> _Running:
     try:
         with _usable_data_folder(settings):
             data = parts.enter_context(DataFolder(settings.data_dir))
-        listener = parts.enter_context(listen(settings.host, settings.port))
+        listener = parts.enter_context(
+            listen(settings.host, settings.port, beyond_loopback=settings.auth or settings.insecure)
+        )
         metrics = Metrics()
         engine = await EngineChild.spawn(engine_configuration(settings, data), metrics.step)
         parts.push_async_callback(engine.stop)
@@ -114,9 +125,32 @@ async def _open_store(settings: Settings, data: DataFolder, metrics: Metrics, pa
     directory = TaskDirectory(index)
     await directory.start()
     parts.push_async_callback(directory.stop)
-    blobs = LocalBlobs(blobs_folder(settings, data))
+    if settings.auth and not await index.api_keys.list():
+        _log.warning("there is no API key yet, so nobody is let in; make one with `medley keys create`")
+    blobs = blob_store(settings, data)
+    await asyncio.to_thread(_check_blobs, blobs)
     await asyncio.to_thread(blobs.sweep)
+    collector = GarbageCollector(index.garbage, blobs, settings.garbage_grace)
+    parts.push_async_callback(_end, asyncio.create_task(collector.run_forever(), name="garbage collector"))
     return Services(settings, index, directory, blobs, metrics, LastUsed(index))
+
+
+def _check_blobs(blobs: BlobStore) -> None:
+    """A bucket that refuses is a mistake in the configuration; one that is away may come back, as it may later on."""
+    try:
+        blobs.check()
+    except BucketRefused:
+        raise
+    except StoreUnavailable as error:
+        _log.warning(
+            "the blob store is away; only adapters that were used here before can be served", reason=str(error)
+        )
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    while not task.done():  # a call to Redis may take a cancellation for its own timeout: then it is told again
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
 
 
 def _announce(url: str, *, demo: bool) -> None:

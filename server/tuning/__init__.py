@@ -5,7 +5,7 @@
     encoding   examples as token ids, in the layout in which the server will see them
     base       the base and its tokenizer
     adapter    a fresh PEFT adapter, and what its virtual tokens start from
-    trainer    the loop: validation loss, early stop, the best step kept
+    trainer    the loop: validation loss, early stop, the best step kept; imported by itself, since it loads torch
     progress   how a run tells how it goes
 
 Knows nothing of the server; the folder that it writes is what `medley push` sends.
@@ -15,7 +15,6 @@ from server.tuning.errors import TuneError
 from server.tuning.examples import Example, read_examples
 from server.tuning.progress import NoProgress, ProgressBar, TuneProgress
 from server.tuning.settings import METHODS, Method, TuneSettings
-from server.tuning.trainer import TuneReport, tune
 
 __all__ = [
     "METHODS",
@@ -25,8 +24,6 @@ __all__ = [
     "ProgressBar",
     "TuneError",
     "TuneProgress",
-    "TuneReport",
     "TuneSettings",
     "read_examples",
-    "tune",
 ]

@@ -58,7 +58,7 @@ def _parse(line: str, where: str) -> Example:
     if unknown:
         raise TuneError(f"{where}: unknown field `{unknown[0]}`; an example has only `input` and `output`")
     if not record["output"]:
-        raise TuneError(f"{where}: the field `output` is empty; there is nothing to learn from it")
+        raise TuneError(f"{where}: the field `output` is empty; an example needs one")
     return Example(record["input"], record["output"], where)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.adapters.checkpoint import CONFIG_FILE, HUB_WEIGHTS_FILE, WEIGHTS_FILE
 from server.errors import AdapterError
-from server.model import BaseShape, LayerShape, NormForm, SiteKind, SiteShape
+from server.model import BaseShape, FrozenBase, LayerShape, NormForm, SiteKind, SiteShape
 from server.model.blocks import Block
+from tests.reference.bases import tiny_base
 
 _ATTENTION = "model.layers.0.self_attn"
 _DOWN = "model.layers.0.mlp.down_proj"
@@ -157,6 +158,20 @@ def test_an_adaption_prompt_needs_its_projections_and_layers() -> None:
     _refused("base_mismatch", "16 wide", PROMPT, shape=replace(SHAPE, sites=wide))
 
 
+def test_an_adaption_prompt_for_gpt2_needs_its_sub_blocks_and_one_projection_for_all() -> None:
+    shape = FrozenBase(tiny_base("gpt2")).shape
+    config = {**PROMPT, "target_modules": "attn"}
+    name = "transformer.h.1.attn"
+    key = f"base_model.model.{name}.adaption_"
+    tensors = {f"{key}prompt": torch.randn(1, 3, 32), f"{key}gate": torch.randn(1)}
+    assert list(_read(config, tensors, shape).deltas) == ["transformer.h.1.attention block"]
+    _refused("base_mismatch", f"{key}gate", config, {f"{key}prompt": tensors[f"{key}prompt"]}, shape)
+    _refused("not_finite", f"{key}prompt", config, tensors | {f"{key}gate": torch.tensor([3e38])}, shape)
+    _refused("base_mismatch", "GPT-2", config, tensors, replace(shape, blocks=()))
+    other = shape.sites | {f"{name}.c_attn": SiteShape(32, 64, False)}
+    _refused("base_mismatch", "GPT-2", config, tensors, replace(shape, sites=other))
+
+
 @pytest.mark.parametrize(
     ("code", "settings"),
     [
@@ -170,6 +185,8 @@ def test_an_adaption_prompt_needs_its_projections_and_layers() -> None:
         ("bad_config", {"reduction_factor": 0}),
         ("bad_config", {"reduction_factor": None}),
         ("bad_config", {"reduction_factor": {"1": 2}}),
+        ("too_large", {"reduction_factor": 0.5}),
+        ("too_large", {"reduction_factor": 1e-9}),
         ("bad_config", {"leave_out": "0"}),
         ("bad_config", {"leave_out": [0]}),
         ("bad_config", {"phm_layer": True, "phm_dim": 3}),

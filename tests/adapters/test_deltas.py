@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.adapters import Checkpoint, sparse
+from server.adapters import Checkpoint, read_adapter, sparse
 from server.adapters.adaption_prompt import ExtraAttention
 from server.adapters.bottleneck_kind import Flags, Network
 from server.adapters.deltas import input_scale, low_rank, norm_scale, output_scale, token_shift
+from server.adapters.fusion_kind import FusionWeights, fusion
+from server.adapters.residual_attention import ResidualAttention
 from server.adapters.top_layers import Dense
 from server.model import BaseShape, LayerShape, NormForm, RowDelta, SiteShape
 
@@ -100,7 +102,7 @@ def test_kinds_are_equal_by_value() -> None:
     assert len(set().union(*kinds)) == len(kinds)
 
 
-def _bottleneck(**flags: object) -> RowDelta:
+def _network(**flags: object) -> tuple[Flags, Network]:
     """With values in every block."""
     plain = {
         "non_linearity": "swish",
@@ -114,8 +116,20 @@ def _bottleneck(**flags: object) -> RowDelta:
     }
     known = Flags(**(plain | flags))  # type: ignore[arg-type]
     norms = tuple(torch.randn(OUT) for _ in range(2 * (known.ln_before + known.ln_after)))
-    network = Network(torch.randn(3, OUT), torch.randn(3), torch.randn(3, OUT), torch.randn(OUT), norms)
+    return known, Network(torch.randn(3, OUT), torch.randn(3), torch.randn(3, OUT), torch.randn(OUT), norms)
+
+
+def _bottleneck(**flags: object) -> RowDelta:
+    known, network = _network(**flags)
     return network.delta(known)
+
+
+def _fusion(**flags: object) -> RowDelta:
+    """Of three bottlenecks, the residual through the fusion's matrix too."""
+    matrices = [torch.randn(OUT, OUT, dtype=torch.float64) for _ in range(3)]
+    weights = FusionWeights(matrices[0], torch.randn(OUT, dtype=torch.float64), *matrices[1:])
+    members = [_network(non_linearity="gelu", ln_before=True), _network(non_linearity="sigmoid"), _network(**flags)]
+    return fusion(members, weights, query_before_ln=True, residual_before=True)
 
 
 def _sparse() -> RowDelta:
@@ -125,14 +139,35 @@ def _sparse() -> RowDelta:
     return sparse.read(Checkpoint({"medley_method": "sparse"}, tensors, torch.float32), shape).deltas["m"]
 
 
+def _of_peft(kind: str, tensor: Tensor, **settings: object) -> RowDelta:
+    """As a checkpoint of PEFT's with this tensor is read, on a module with 8 inputs and 12 outputs."""
+    shape = BaseShape(
+        {"m": SiteShape(8, 12, is_head=False)}, (), 6, torch.float32, lambda name: torch.empty(0), lambda name: None
+    )
+    config = {"peft_type": kind.upper(), "target_modules": ["m"], **settings}
+    tensors = {f"base_model.model.m.{name}": tensor for name in _PEFT_NAMES[kind]}
+    return read_adapter(Checkpoint(config, tensors, torch.float32), shape).deltas["m"]
+
+
+_PEFT_NAMES = {"road": ("road_theta", "road_alpha"), "c3a": ("c3a_kernel",), "hra": ("hra_u",)}
 _FORM = NormForm(1e-6, is_centred=True)
+
+
+def _residual_attention() -> RowDelta:
+    """Two heads, a prompt of four."""
+    return RowDelta(ResidualAttention(2, _FORM), (torch.randn(8, 6), torch.randn(8, 1), torch.randn(4, 6)))
+
+
 _EXTRA_ATTENTION = RowDelta(ExtraAttention(LayerShape(2, 3)), (torch.randn(4, 6), torch.randn(4, 6)))
 # kinds that act on [groups, tokens, width] of one width, and that width
 _KINDS: dict[str, tuple[Callable[[], RowDelta], int, int]] = {
     "norm": (lambda: norm_scale(torch.randn(OUT), _FORM), OUT, OUT),
-    "token": (lambda: token_shift(torch.randn(OUT), torch.randn(OUT), torch.randn(1)), IN, OUT),
+    "token": (lambda: token_shift(torch.randn(OUT), torch.randn(IN), torch.randn(1)), IN, OUT),
     "sparse": (_sparse, 10, 20),
     "dense": (lambda: RowDelta(Dense(), (torch.randn(OUT, IN),)), IN, OUT),
+    "road": (lambda: _of_peft("road", torch.randn(6), variant="road_1", group_size=4), 8, 12),
+    "c3a": (lambda: _of_peft("c3a", torch.randn(3, 2, 4), block_size=4), 8, 12),
+    "attention behind": (_residual_attention, 6, 6),
     "attention": (lambda: _EXTRA_ATTENTION, 12, 12),
     "sequential": (_bottleneck, OUT, OUT),
     "pfeiffer": (lambda: _bottleneck(original_ln_before=True), OUT, OUT),
@@ -140,6 +175,9 @@ _KINDS: dict[str, tuple[Callable[[], RowDelta], int, int]] = {
     "stream lost": (lambda: _bottleneck(original_ln_after=False), OUT, OUT),
     "stream twice": (lambda: _bottleneck(original_ln_before=True, residual_before_ln=False), OUT, OUT),
     "norms": (lambda: _bottleneck(ln_before=True, ln_after=True), OUT, OUT),
+    "fusion": (_fusion, OUT, OUT),
+    "fusion, parallel": (lambda: _fusion(is_parallel=True, original_ln_after=False), OUT, OUT),
+    "fusion, stream twice": (lambda: _fusion(original_ln_before=True, residual_before_ln=False), OUT, OUT),
     "residual normed": (lambda: _bottleneck(ln_after=True, adapter_residual_before_ln=True), OUT, OUT),
 }
 
@@ -179,3 +217,26 @@ def test_a_sparse_update_of_many_tokens_is_applied_some_at_a_time(monkeypatch: p
     monkeypatch.setattr(sparse, "_VALUES_AT_ONCE", 13)
     delta.kind.change_output(inputs, outputs, *[block[None] for block in delta.blocks])
     assert torch.equal(outputs, whole)
+
+
+@pytest.mark.parametrize("is_orthogonal", [False, True])
+@pytest.mark.parametrize(("groups", "tokens"), GROUPS)
+def test_reflections_are_those_of_their_matrices_one_after_another(
+    groups: int, tokens: int, is_orthogonal: bool
+) -> None:
+    torch.manual_seed(3)
+    columns = [torch.randn(8, 3) for _ in range(groups)]
+    deltas = [_of_peft("hra", part, r=3, apply_GS=is_orthogonal) for part in columns]
+    inputs = torch.randn(groups, tokens, 8)
+    expected = inputs.clone()
+    for group, part in enumerate(columns):
+        vectors = torch.linalg.qr(part)[0] if is_orthogonal else part / part.norm(dim=0)
+        matrix = torch.eye(8)
+        for vector in vectors.t():
+            matrix = matrix @ (torch.eye(8) - 2 * torch.outer(vector, vector))
+        expected[group] = inputs[group] @ matrix.t()
+    deltas[0].kind.change_input(inputs, *_blocks(deltas))
+    torch.testing.assert_close(inputs, expected, rtol=1e-4, atol=1e-5)
+    given = inputs.clone()
+    deltas[0].kind.change_input(inputs, *[torch.zeros_like(block) for block in _blocks(deltas)])
+    assert torch.equal(inputs, given)

@@ -13,7 +13,7 @@ from torch import Tensor
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.adapters.deltas import in_turn, kronecker, low_rank, output_scale, shift
 from server.adapters.miss import SummedShards
-from server.adapters.shared import shared_matrices
+from server.adapters.shared import shared_bytes, shared_matrices
 from server.adapters.vera import Projected
 from server.errors import AdapterError
 from server.model import BaseShape, LayerShape, RowDelta
@@ -139,13 +139,18 @@ def _tensors(config: dict[str, Any], **more: Tensor) -> dict[str, Tensor]:
     return tensors | {f"base_model.model.{name.replace('__', '.')}": tensor for name, tensor in more.items()}
 
 
-def _read(config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Adapter:
-    return read_adapter(Checkpoint(config, tensors, dtype), replace(SHAPE, dtype=dtype))
+def _read(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    room: int | None = None,
+) -> Adapter:
+    return read_adapter(Checkpoint(config, tensors, dtype, room), replace(SHAPE, dtype=dtype))
 
 
-def _refused(code: str, config: dict[str, Any], tensors: dict[str, Tensor], says: str) -> None:
+def _refused(code: str, config: dict[str, Any], tensors: dict[str, Tensor], says: str, room: int | None = None) -> None:
     with pytest.raises(AdapterError) as caught:
-        _read(config, tensors)
+        _read(config, tensors, room=room)
     assert caught.value.code == code, caught.value.message
     assert says in caught.value.message
 
@@ -278,6 +283,49 @@ def test_loha_is_exact_at_every_rank(rank: int) -> None:
     adapter = _read({**LOHA, "r": rank}, tensors)
     torch.testing.assert_close(_update(adapter), 3 / rank * first * second)
     assert adapter.rank == min(rank**2, IN, OUT)
+
+
+@pytest.mark.parametrize("rank", [2, 9])
+def test_what_loha_is_expanded_to_must_fit(rank: int) -> None:
+    config = {**LOHA, "r": rank}
+    tensors = {
+        name: torch.randn(OUT if "_a" in name else rank, rank if "_a" in name else IN) for name in _tensors(LOHA)
+    }
+    whole = _read(config, tensors).bytes
+    assert _read(config, tensors, room=whole).bytes == whole
+    _refused("too_large", config, tensors, says=f"{whole} bytes", room=whole - 1)
+
+
+def test_lokr_s_factors_are_compared_with_the_module_before_they_are_multiplied() -> None:
+    """Ones that are as long as a file may be would make more than any memory holds."""
+    many = 2**22
+    tensors = _tensors(LOKR) | {
+        "base_model.model.q.lokr_w1_a": torch.zeros(many, 2),
+        "base_model.model.q.lokr_w1_b": torch.zeros(2, many),
+    }
+    tensors.pop("base_model.model.q.lokr_w1", None)
+    _refused("base_mismatch", LOKR, tensors, says=f"{many * B}, {many * D}")
+
+
+def test_lokr_s_factors_that_are_larger_than_their_product_are_not_kept() -> None:
+    rank = 40
+    up, down, left = torch.randn(B, rank), torch.randn(rank, D), torch.randn(A, C)
+    q = "base_model.model.q.lokr"
+    adapter = _read({**LOKR, "r": rank}, {f"{q}_w1": left, f"{q}_w2_a": up, f"{q}_w2_b": down})
+    assert max(block.shape[1] for block in adapter.blocks) <= max(IN, OUT)
+    torch.testing.assert_close(_update(adapter), LOKR["alpha"] / rank * torch.kron(left, up @ down))
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_vera_s_matrices_must_fit_though_they_are_shared(is_saved: bool) -> None:
+    config = {**VERA, "save_projection": is_saved, "projection_prng_key": 3}
+    tensors = {name: tensor for name, tensor in _tensors(VERA).items() if is_saved or "lambda" in name}
+    adapter = _read(config, tensors)
+    matrices = 4 * VERA["r"] * (IN + OUT)
+    assert shared_bytes(adapter.deltas.values()) == matrices
+    assert shared_bytes([*adapter.deltas.values(), *_read(config, tensors).deltas.values()]) == matrices, "once"
+    _read(config, tensors, room=matrices)
+    _refused("too_large", config, tensors, says=f"{matrices} bytes", room=matrices - 1)
 
 
 def test_lokr_s_matrices_must_make_the_modules() -> None:

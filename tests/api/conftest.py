@@ -67,6 +67,8 @@ def configuration(model: Path, folder: Path) -> Configure:
         page_size=8,
         max_queue=64,
         blobs=str(folder / "blobs"),
+        blob_cache=str(folder / "blob-cache"),
+        blob_cache_bytes=0,
         cache=str(folder / "cache"),
     )
 
@@ -98,7 +100,12 @@ def server(
 ) -> Iterator[ServerThread]:
     """The real engine over the tiny base."""
     folder = tmp_path_factory.mktemp("server")
-    limits = {"max_upload_bytes": 2**20, "max_body_bytes": 2**16, "max_choices": 4, "max_batch_requests": 8}
+    limits: dict[str, Any] = {
+        "max_upload_bytes": 2**20,
+        "max_body_bytes": 2**16,
+        "max_choices": 4,
+        "max_batch_requests": 8,
+    }
     with ServerThread(redis_url, engine_connection(), configuration(base_folder, folder), **limits) as server:
         yield server
 

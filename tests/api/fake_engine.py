@@ -16,9 +16,11 @@ from server.engine.protocol import (
     Failed,
     Fatal,
     Generate,
+    Healed,
     Inspect,
     Inspected,
     Neighbours,
+    Pin,
     Ready,
     StepOutput,
     StepStats,
@@ -59,6 +61,9 @@ class FakeEngine:
         self.aborted: Queue[str] = Queue()
         self.inspected: Queue[Inspect] = Queue()
         self.searched: Queue[Neighbours] = Queue()
+        self.pinned: Queue[Pin] = Queue()
+        self.healed: Queue[Healed] = Queue()
+        self.facts = FACTS  # of every upload
         self.on_request: Callable[[Generate], None] | None = None  # answers at once, on the engine's thread
         self._base = base
         self._ours = ours
@@ -118,6 +123,10 @@ class FakeEngine:
                     self.aborted.put(message.id)
                 case Neighbours():
                     self.searched.put(message)
+                case Pin():
+                    self.pinned.put(message)
+                case Healed():
+                    self.healed.put(message)
                 case Inspect():
                     self.inspected.put(message)
-                    self._send(Inspected(id=message.id, facts=FACTS))
+                    self._send(Inspected(id=message.id, facts=self.facts))

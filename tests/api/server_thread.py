@@ -6,8 +6,9 @@ import asyncio
 import socket
 import threading
 import uuid
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -17,12 +18,23 @@ from server.engine.client import EngineClient
 from server.engine.protocol import BaseFacts, Configure
 from server.settings import Settings
 
+Result = TypeVar("Result")
+
 
 class ServerThread:
     """The HTTP side in a thread with an event loop of its own; each has an index of its own in the shared Redis."""
 
-    def __init__(self, redis_url: str, connection: socket.socket, configure: Configure, **settings: Any) -> None:
-        """`connection` leads to the engine."""
+    def __init__(
+        self,
+        redis_url: str,
+        connection: socket.socket,
+        configure: Configure,
+        *,
+        namespace: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """`connection` leads to the engine; servers of one `namespace` share an index."""
+        self.namespace = uuid.uuid4().hex if namespace is None else namespace
         self._redis_url = redis_url
         self._connection = connection
         self._configure = configure
@@ -48,6 +60,10 @@ class ServerThread:
         self._server.should_exit = True
         self._thread.join()
 
+    def wait_for(self, call: Coroutine[Any, Any, Result]) -> Result:
+        """Run something on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result()
+
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
@@ -59,7 +75,7 @@ class ServerThread:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        index = await RedisIndex.connect(self._redis_url, namespace=uuid.uuid4().hex)
+        index = await RedisIndex.connect(self._redis_url, namespace=self.namespace)
         directory = TaskDirectory(index)
         await directory.start()
         metrics = Metrics()
@@ -83,9 +99,8 @@ class ServerThread:
             await index.close()
 
     async def _listen(self) -> None:
-        config = uvicorn.Config(
-            create_app(self.services), log_config=None, access_log=False, timeout_graceful_shutdown=5
-        )
+        self.app = create_app(self.services)
+        config = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         self._server = _Server(config, self._started)
         await self._server.serve(sockets=[self._listener])
 

@@ -117,10 +117,6 @@ def test_unknown_paths_and_methods_have_the_same_shape(http: httpx.Client) -> No
     assert response.headers["allow"] == "POST"
 
 
-def test_what_is_not_built_is_not_there(http: httpx.Client, tasks: dict[str, str]) -> None:
-    assert http.post(f"/v1/users/ann/tasks/{tasks['lora']}", json={}).status_code == 404
-
-
 def test_the_openai_client_understands_our_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="nobody", prompt="x")

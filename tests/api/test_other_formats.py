@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from adapters_store import StoreUnavailable, publish_files
 from tests.api.tiny_base import make_tokenizer
 
 CONFIG = "adapter_config.json"
@@ -117,6 +118,31 @@ def test_one_upload_of_many_tasks_gives_each_of_them(http: httpx.Client, task: s
     assert http.get(f"/v1/tasks/{task}").status_code == 404, "the name itself is no task"
     again = upload(http, task, *multitask())
     assert (again.status_code, [version["version"] for version in again.json()["tasks"]]) == (200, [1] * TASKS)
+
+
+def test_an_upload_of_many_tasks_that_is_cut_off_is_served_by_none_of_them_and_says_so(
+    http: httpx.Client, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    async def fail_at_the_last(*given: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == TASKS:
+            raise StoreUnavailable("the index does not answer")
+        return await publish_files(*given, **options)
+
+    monkeypatch.setattr("server.api.publish.publish_files", fail_at_the_last)
+    response = upload(http, task, *multitask())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable")
+    assert f"of the {TASKS} tasks of this upload {TASKS - 1} have" in response.json()["error"]["message"]
+    states = [http.get(f"/v1/tasks/{task}:{index}") for index in range(TASKS)]
+    assert [state.status_code for state in states] == [200, 200, 404]
+    assert [state.json()["active"] for state in states[:-1]] == [None, None]
+    monkeypatch.undo()
+    again = upload(http, task, *multitask())
+    assert again.status_code == 201, again.text
+    assert [(version["version"], version["active"]) for version in again.json()["tasks"]] == [(1, True)] * TASKS
 
 
 def test_a_task_s_name_that_leaves_no_room_for_its_number_is_refused(http: httpx.Client) -> None:

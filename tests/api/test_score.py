@@ -75,6 +75,19 @@ def test_each_choice_scores_as_alone(
     assert given["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(prompt) - 1, "the input was run before"
 
 
+def test_an_empty_input_is_scored_behind_a_soft_prompt_alone(
+    http: httpx.Client, tasks: dict[str, str], logprob_alone: LogProbs
+) -> None:
+    expected = [logprob_alone("prompt", [], choice) for choice in CHOICES]
+    answer = _score(http, tasks["prompt"], prompt_token_ids=[], choices=CHOICES)
+    assert [choice["logprob"] for choice in answer["choices"]] == pytest.approx(expected, abs=1e-3)
+    for task in (BASE_ID, tasks["lora"], tasks["prefix"]):
+        response = http.post(f"/v1/tasks/{task}/score", json={"prompt_token_ids": [], "choices": CHOICES})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("empty_prompt", "prompt_token_ids")
+
+
 def test_without_choices_the_task_s_labels_are_scored_behind_its_template(
     http: httpx.Client, tasks: dict[str, str], logprob_alone: LogProbs
 ) -> None:
@@ -99,7 +112,7 @@ def test_without_choices_the_task_s_labels_are_scored_behind_its_template(
     [
         ({"choices": ["a"]}, "invalid_request", None),
         ({"input": "a", "prompt_token_ids": [5], "choices": ["a"]}, "invalid_request", None),
-        ({"prompt_token_ids": [], "choices": ["a"]}, "invalid_request", "prompt_token_ids"),
+        ({"prompt_token_ids": [], "choices": ["a"]}, "empty_prompt", "prompt_token_ids"),
         ({"prompt_token_ids": [10**6], "choices": ["a"]}, "invalid_request", "prompt_token_ids"),
         ({"input": "a", "choices": []}, "invalid_request", "choices"),
         ({"input": "a", "choices": ["a", ""]}, "invalid_request", "choices.1"),

@@ -46,12 +46,15 @@ def test_known_tasks_are_served_and_the_rest_answers_503(
     known: dict[str, Any] = {"model": "known", "prompt": "x"}
     assert http.post("/v1/completions", json=known).status_code == 200
     assert http.post("/v1/completions", json={**known, "model": BASE_ID}).status_code == 200
+    listed = http.get("/v1/tasks").json()["data"]
+    assert [(entry["task"], entry["active"], entry["methods"]) for entry in listed] == [("known", 1, ["lora"])]
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [BASE_ID, "known"]
     refusals = [
         http.put("/v1/tasks/known", json={"description": "d"}),
         http.post("/v1/tasks/other/versions", files=files),
         http.patch("/v1/tasks/known", json={"active_version": 1}),
         http.delete("/v1/tasks/known"),
-        http.get("/v1/tasks"),
+        http.get("/v1/tasks/known"),
     ]
     for refused in refusals:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")

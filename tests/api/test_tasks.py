@@ -161,15 +161,6 @@ def test_models_are_the_base_then_every_task(client: openai.OpenAI, http: httpx.
     assert error_of(http.get(f"/v1/models/{tasks['lora']}@7")) == (404, "version_not_found")
 
 
-def test_canaries_are_not_supported_yet_and_say_so(http: httpx.Client, tasks: dict[str, str]) -> None:
-    response = http.patch(f"/v1/tasks/{tasks['lora']}", json={"canary": {"version": 1, "percent": 5}})
-    assert error_of(response) == (400, "unsupported")
-    assert http.patch(f"/v1/tasks/{tasks['lora']}", json={"canary": None}).json()["canary"] is None
-    assert error_of(http.patch(f"/v1/tasks/{tasks['lora']}", json={})) == (400, "invalid_request")
-    body = {"model": f"{tasks['lora']}@canary", "prompt": "x"}
-    assert error_of(http.post("/v1/completions", json=body)) == (404, "canary_not_found")
-
-
 def test_unknown_files_and_versions_are_404(http: httpx.Client, tasks: dict[str, str]) -> None:
     task = tasks["lora"]
     assert error_of(http.get(f"/v1/tasks/{task}/versions/1/files/x")) == (404, "file_not_found")

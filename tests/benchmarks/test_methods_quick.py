@@ -18,6 +18,8 @@ from benchmarks.inprocess import read_folder
 from benchmarks.methods import app
 from benchmarks.recipes import RECIPES, Recipe, write_tasks
 from benchmarks.workload import Workload
+from server.adapters import Adapter
+from server.adapters.method import TokenPrefix
 from server.model import FrozenBase
 
 WORKLOAD = Workload(SIZES["tiny"], requests=2, prompt_tokens=4, new_tokens=4, virtual_tokens=5, tasks=2)
@@ -35,15 +37,20 @@ def base() -> FrozenBase:
     return FrozenBase(random_base(WORKLOAD.size, WORKLOAD.length))
 
 
+def _content(adapter: Adapter) -> list[torch.Tensor]:
+    text = [torch.tensor(adapter.prefix.token_ids)] if isinstance(adapter.prefix, TokenPrefix) else []
+    return [*adapter.blocks, *text]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.title)
 def test_a_recipe_writes_distinct_tasks_of_its_method(recipe: Recipe, base: FrozenBase, tmp_path: Path) -> None:
     tasks = write_tasks(recipe, WORKLOAD, tmp_path)
     adapters = [read_folder(task.folder, base) for task in tasks]
     assert [adapter.method for adapter in adapters] == [recipe.method] * 2
     assert not any(adapter.warnings for adapter in adapters)
-    pairs = list(zip(adapters[0].blocks, adapters[1].blocks, strict=True))
-    assert pairs
-    assert not all(torch.equal(left, right) for left, right in pairs)
+    contents = [_content(adapter) for adapter in adapters]
+    assert contents[0]
+    assert not all(torch.equal(left, right) for left, right in zip(*contents, strict=True))
 
 
 def test_quick_mode_prints_a_row_for_each_recipe_and_why_others_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_rollback_without_an_earlier_version_says_what_to_do(medley: Medley, ada
     assert medley("push", "young", str(adapters["lora"])).returncode == 0
     result = medley("rollback", "young")
     assert result.returncode == 1
-    assert "medley activate young VERSION" in one_line(result.stderr)
+    assert "activate one by its number" in one_line(result.stderr)
 
 
 def test_push_refuses_a_folder_that_is_no_adapter_before_it_sends_anything(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from server.cli.app import app
@@ -36,9 +37,64 @@ def test_an_adapterhub_folder_has_the_same_tensors_afterwards(tmp_path: Path, ca
         load_file(output / "adapter.safetensors"),
         load_file(HERE / "cases" / case / "adapter.safetensors"),
     )
-    assert converted.keys() == expected.keys()
+    expected = {name: tensor for name, tensor in expected.items() if ".prefix_tuning.pool." not in name}
+    assert converted.keys() == expected.keys(), "what a prefix repeats under every layer is left out"
     for name, tensor in expected.items():
         assert torch.equal(converted[name], tensor), name
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_a_fusion_s_folders_become_one(tmp_path: Path, is_pickled: bool) -> None:
+    source = tmp_path / "setup"
+    shutil.copytree(HERE / "cases" / "fusion", source)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(source.rglob("*.safetensors")):
+        found = load_file(path)
+        assert not tensors.keys() & found.keys()
+        tensors |= found
+        if is_pickled:
+            torch.save(found, path.with_name(f"pytorch_{path.stem}.bin"))
+            path.unlink()
+    save_file({"lm_head.weight": torch.ones(2, 3)}, source / "first" / "model_head.safetensors")
+    save_file({"heads.x.1.weight": torch.ones(2, 3)}, source / "first,second" / "model_head.safetensors")
+    (source / "first,second" / "head_config.json").write_text("{}")
+    result = CliRunner().invoke(app, ["convert", str(source)])
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "setup-safetensors"
+    assert str(source / "first" / "model_head.safetensors") in result.stdout.replace("\n", "")
+    assert list(load_file(output / "model_head.safetensors")) == ["heads.x.1.weight"]
+    assert (output / "head_config.json").is_file()
+    joined = load_file(output / "adapter.safetensors")
+    assert joined.keys() == tensors.keys()
+    assert all(torch.equal(joined[name], tensor) for name, tensor in tensors.items())
+    config = json.loads((output / CONFIG).read_text())
+    own = {name: json.loads((source / name / CONFIG).read_text())["config"] for name in ("first", "second")}
+    assert config["adapters"] == own
+    fusion = json.loads((source / "first,second" / "adapter_fusion_config.json").read_text())
+    assert {key: value for key, value in config.items() if key != "adapters"} == fusion
+
+
+def test_a_fusion_that_lacks_something_is_named(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(HERE / "cases" / "fusion", tmp_path / "setup"))
+    weights = source / "first,second" / "model_adapter_fusion.safetensors"
+
+    def refused(says: str) -> None:
+        result = CliRunner().invoke(app, ["convert", str(source), "--output", str(tmp_path / "out")])
+        assert result.exit_code == 1
+        assert says in str(result.exception)
+        assert not (tmp_path / "out").exists()
+
+    content = weights.read_bytes()
+    weights.write_bytes(b"no")
+    refused("not safetensors")
+    weights.unlink()
+    refused("model_adapter_fusion.safetensors")
+    weights.write_bytes(content)
+    shutil.copytree(source / "first,second", source / "other")
+    refused("2 fusions")
+    shutil.rmtree(source / "other")
+    shutil.rmtree(source / "second")
+    refused("'second' is not under")
 
 
 def test_peft_s_pickled_weights_and_a_head_are_converted_too(tmp_path: Path) -> None:
@@ -52,6 +108,21 @@ def test_peft_s_pickled_weights_and_a_head_are_converted_too(tmp_path: Path) -> 
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"].shape == (2, 3)
     assert load_file(tmp_path / "out" / "model_head.safetensors")["lm_head.weight"].shape == (4, 3)
     assert (tmp_path / "out" / "head_config.json").is_file()
+
+
+def test_a_layer_s_copy_of_a_prefix_that_differs_is_kept_for_the_server_to_refuse(tmp_path: Path) -> None:
+    source, own = tmp_path / "folder", torch.ones(2, 3)
+    pool = "model.layers.{}.self_attn.prefix_tuning.pool.prefix_tunings.task.self_prefix.wte.weight"
+    tensors = {
+        "model.prefix_tuning.prefix_tunings.task.self_prefix.wte.weight": own,
+        pool.format(0): own,
+        pool.format(1): own + 1,
+    }
+    source.mkdir()
+    (source / CONFIG).write_text("{}")
+    torch.save(tensors, source / "pytorch_adapter.bin")
+    convert_folder(source, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "adapter.safetensors").keys() == tensors.keys() - {pool.format(0)}
 
 
 def test_a_t_few_file_becomes_an_ia3_folder_that_scales_outputs(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +14,22 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from server.cli.app import app
 from server.cli.evaluate import compare
 from tests.cli.conftest import Medley
-from tests.server_process import PATIENCE_SECONDS, ServerProcess, generate, one_line, run_medley, upload
+from tests.server_process import (
+    PATIENCE_SECONDS,
+    ServerProcess,
+    environment,
+    generate,
+    one_line,
+    run_medley,
+    upload,
+)
 
+NEVER = "never"
 INPUTS = ["The food", "A river", "good price and", "near the station", "an average", "low", "emoji", "serves"]
 
 
@@ -118,19 +131,35 @@ def test_what_cannot_be_measured_is_one_line(medley: Medley, task: str, tmp_path
     assert "task_not_found" in one_line(medley("evaluate", "nobody", data).stderr)
 
 
+def test_data_is_read_without_the_training_s_libraries(tmp_path: Path) -> None:
+    data = _lines(tmp_path / "data.jsonl", [("a", "b")])
+    program = (
+        "import sys; from typer.testing import CliRunner; from server.cli.app import app; "
+        f"result = CliRunner().invoke(app, ['evaluate', 'any', {data!r}, '--url', 'http://127.0.0.1:9']); "
+        "print(result.exception, [m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("no server at")
+    assert result.stdout.endswith(" []\n")
+
+
 class _Busy(BaseHTTPRequestHandler):
-    """Answers each input only when it is asked the second time."""
+    """Answers each input only when it is asked the second time, and one never."""
 
     asked: ClassVar[Counter[str]] = Counter()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked[body["input"]] += 1
-        is_first = self.asked[body["input"]] == 1
-        answer = {"error": {}} if is_first else {"output": body["input"], "medley": {"version": 2}}
+        is_away = body["input"] == NEVER
+        is_later = is_away or self.asked[body["input"]] == 1
+        error = {"message": "it cannot be loaded", "code": "adapter_unavailable"}
+        answer = {"error": error} if is_later else {"output": body["input"], "medley": {"version": 2}}
         content = json.dumps(answer).encode()
-        self.send_response(429 if is_first else 200)
-        if is_first:
+        self.send_response(503 if is_away else 429 if is_later else 200)
+        if is_later:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -155,7 +184,16 @@ def test_a_full_server_is_asked_again_when_it_says(busy: str, tmp_path: Path) ->
     result = run_medley("evaluate", "any", data, "--metric", "exact_match", "--json", "--url", busy)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["metrics"] == {"exact_match": 1.0}
-    assert _Busy.asked == dict.fromkeys(INPUTS, 2)
+    assert {given: _Busy.asked[given] for given in INPUTS} == dict.fromkeys(INPUTS, 2)
+
+
+def test_one_that_never_answers_is_given_up(busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.cli.evaluate._PATIENCE_SECONDS", 0.2)
+    data = _lines(tmp_path / "data.jsonl", [(NEVER, "x")])
+    result = CliRunner().invoke(app, ["evaluate", "any", data, "--metric", "exact_match", "--url", busy])
+    assert result.exit_code == 1
+    assert str(result.exception) == "it cannot be loaded (adapter_unavailable)"
+    assert _Busy.asked[NEVER] > 1
 
 
 def test_show_neighbours_lists_each_virtual_token(

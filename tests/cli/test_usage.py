@@ -80,7 +80,7 @@ def test_tune_has_the_settings_of_tuning_and_their_defaults() -> None:
 
 
 def test_client_commands_start_without_the_server_s_and_the_training_s_libraries() -> None:
-    program = "import sys, server.cli; print([m for m in ('torch', 'transformers', 'fastapi') if m in sys.modules])"
+    program = "import sys, server.cli.app; print([m for m in ('torch', 'transformers', 'fastapi') if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
     )

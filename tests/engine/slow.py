@@ -78,7 +78,7 @@ def _change_modules(model: PreTrainedModel, config: dict[str, Any], tensors: dic
             assert update is not None, "DoRA has an update"
             whole = module.get_parameter("weight") + update
             scale = tensors[f"{key}.lora_magnitude_vector"] / whole.norm(dim=1)
-            module.forward = _with_scale(_with_update(module.forward, update), scale, is_input=False)
+            module.forward = _with_update(module.forward, scale[:, None] * whole - module.get_parameter("weight"))
         elif update is not None:
             module.forward = _with_update(module.forward, update)
         elif f"{key}.ia3_l" in tensors:

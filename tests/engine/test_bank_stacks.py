@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from server.adapters import Adapter, Bank, RowPool
-from server.adapters.bank import AdapterKey, Ticket
 from server.adapters.deltas import output_scale
+from server.adapters.loads import AdapterKey
+from server.adapters.tickets import Ticket
 from server.model import RowDelta
 
 WIDTH = 4

@@ -13,7 +13,9 @@ from torch import Tensor
 from server.adapters import Adapter, EmbeddingPrefix, Resident, RowPool
 from server.adapters.deltas import input_scale, low_rank, output_scale
 from server.adapters.resident import Loaded
+from server.adapters.top_layers import Dense
 from server.engine.batch import BatchBuilder, StepBatch
+from server.engine.packing import MANY_TOKENS
 from server.engine.prefixes import PrefixRun, Span
 from server.engine.protocol import Generate, Sampling
 from server.engine.scheduler import Row, Schedule
@@ -34,6 +36,7 @@ SHAPE = BaseShape(
 VIRTUAL = 3
 PAGE_SIZE, RUN_PAGES = 4, 16
 
+KINDS = ("lora", "wide", "ia3", "prompt", "dense")
 Cell = tuple[str, int, int]  # site, level, token of the step or, at the head, row of the logits
 
 
@@ -49,6 +52,7 @@ def _adapter(kind: str) -> Adapter:
         "wide": lambda: _lora(3, "up", "head"),
         "ia3": lambda: {"up": output_scale(torch.randn(INNER)), "down": input_scale(torch.randn(INNER))},
         "prompt": lambda: _lora(1, "head"),
+        "dense": lambda: {"up": RowDelta(Dense(), (torch.randn(INNER, HIDDEN),))},
     }[kind]()
     prefix = EmbeddingPrefix(torch.randn(VIRTUAL, HIDDEN)) if kind == "prompt" else None
     return Adapter(kind, prefix=prefix, deltas=deltas)
@@ -62,7 +66,7 @@ class Crowd:
         self.rng = random.Random(seed)
         self.runs = 0
         self.pool = RowPool(1 << 14, VOCABULARY, dtype=torch.float32, device=CPU)
-        self.adapters = {f"{kind}{n}": _adapter(kind) for kind in ("lora", "wide", "ia3", "prompt") for n in range(3)}
+        self.adapters = {f"{kind}{n}": _adapter(kind) for kind in KINDS for n in range(3)}
         self.residents = [self._placed(digest) for digest in self.rng.sample(list(self.adapters), len(self.adapters))]
 
     def _placed(self, digest: str) -> Resident:
@@ -144,6 +148,7 @@ def _planned(batch: StepBatch, num_tokens: int) -> Iterator[tuple[Cell, object, 
                 blocks = [block.gather() for block in segment.blocks]
                 tokens = torch.arange(count)[segment.tokens].tolist()
                 assert tokens, "a segment without tokens"
+                assert not (segment.is_each and segment.kind.by_adapter), "a copy of each token's large blocks"
                 assert all(len(block) == (len(tokens) if segment.is_each else 1) for block in blocks)
                 for index, token in enumerate(tokens):
                     rows = tuple(block[index if segment.is_each else 0] for block in blocks)
@@ -168,3 +173,51 @@ def test_a_plan_has_every_token_of_every_adapter_once_with_its_own_rows(seed: in
         assert kind == own.kind
         assert all(torch.equal(given, block) for given, block in zip(rows, own.blocks, strict=True))
     assert batch.num_adapters == len({resident.digest for stack in owners for resident in stack})
+
+
+def test_a_plan_serves_the_next_step_only_while_the_same_stacks_stand_at_the_same_places() -> None:
+    crowd = Crowd(3)
+    builder = BatchBuilder(SHAPE, crowd.pool, PAGE_SIZE, CPU)
+    lora, other = (next(each for each in crowd.residents if each.digest == name) for name in ("lora0", "lora1"))
+
+    def step(*stacks: tuple[Resident, ...], counts: tuple[int, ...] = (1, 1, 1)) -> StepBatch:
+        schedule = Schedule()
+        for number, (stack, count) in enumerate(zip(stacks, counts, strict=True)):
+            request = Generate(id=str(number), prompt=[5] * 9, sampling=Sampling(max_tokens=1), deadline=0.0)
+            sequence = Sequence(request, stack=stack, spans=(), block_table=crowd._pages())
+            schedule.rows[sequence] = [Row(sequence, 9 - count, count)]
+        batch = builder.build(schedule)
+        owners = _owners(batch, schedule)
+        planned = {cell: rows for cell, _, rows in _planned(batch, len(owners))}
+        assert planned.keys() == _expected(batch, owners).keys()
+        for cell, resident in _expected(batch, owners).items():
+            own = next(delta for delta in crowd.adapters[resident.digest].deltas.items() if delta[0] == cell[0])[1]
+            for given, block in zip(planned[cell], own.blocks, strict=True):
+                assert torch.equal(given, block)
+        return batch
+
+    first = step((lora,), (other,), ())
+    assert step((lora,), (other,), ()).deltas is first.deltas
+    for changed in (
+        step((lora,), (lora,), ()),
+        step((lora,), (other,), (lora,)),
+        step((lora,), (other, lora), ()),
+        step((lora,), (other,), (), counts=(2, 1, 1)),
+        step((lora,), (other,), (), counts=(9, 8, 1)),
+    ):
+        assert changed.deltas is not first.deltas
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_adapter_of_many_rows_does_not_part_the_others_of_its_layout(seed: int) -> None:
+    crowd = Crowd(seed)
+    builder = BatchBuilder(SHAPE, crowd.pool, PAGE_SIZE, CPU)
+    alike = [resident for resident in crowd.residents if resident.digest.startswith("lora")]
+    schedule = Schedule()
+    for number, resident in enumerate(crowd.rng.sample([*alike[:1] * MANY_TOKENS, *alike * 2], MANY_TOKENS + 6)):
+        request = Generate(id=str(number), prompt=[5], sampling=Sampling(max_tokens=1), deadline=0.0)
+        sequence = Sequence(request, stack=(resident,), spans=(), block_table=crowd._pages())
+        schedule.rows[sequence] = [Row(sequence, 0, 1)]
+    (segments,) = builder.build(schedule).deltas["up"]
+    assert sorted(segment.is_each for segment in segments) == [False, True]
+    assert all(isinstance(segment.tokens, slice) for segment in segments)

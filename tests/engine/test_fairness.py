@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from server.adapters import Adapter, Bank, RowPool
-from server.adapters.bank import AdapterKey
+from server.adapters.loads import AdapterKey
 from server.engine.engine import Engine
 from server.engine.pages import PagePool
 from server.engine.protocol import Generate

@@ -25,12 +25,14 @@ class Gate:
     def __init__(self, base: FrozenBase, folder: Path) -> None:
         self.opened = threading.Event()
         self.failing = False
+        self.loads = 0  # of the folder
         self._base = base
         self._folder = folder
 
     def load(self, files: Mapping[str, str]) -> Adapter:
         folder = Path(files["folder"])
         if folder == self._folder:
+            self.loads += 1
             assert self.opened.wait(20)
             if self.failing:
                 raise RequestError("adapter_unavailable", "told to fail")
@@ -90,7 +92,7 @@ def test_a_cold_adapters_load_stops_no_running_row(
     assert len(results["cold"].tokens) == 4
 
 
-def test_a_failing_load_fails_its_requests_alone_and_a_retry_works(
+def test_one_failing_load_fails_all_its_requests_alone_and_works_once_healed(
     base: FrozenBase, tasks: dict[str, Path], engine_of: Callable[[Gate], Engine]
 ) -> None:
     gate = Gate(base, tasks["lora"])
@@ -107,7 +109,9 @@ def test_a_failing_load_fails_its_requests_alone_and_a_retry_works(
         assert failed.code == "adapter_unavailable"
         assert results[name].ends == 1
     assert len(results["good"].tokens) == 4
+    assert gate.loads == 1
     gate.failing = False
+    engine.heal([str(tasks["lora"])])  # the blob's name here
     engine.add(request("again", [5], greedy(4), tasks["lora"]))
     _until(engine, results, lambda: not engine.has_work)
     assert len(results["again"].tokens) == 4
@@ -152,7 +156,7 @@ def test_a_cold_task_behind_ever_arriving_hot_ones_has_a_bounded_wait(base: Froz
     _until(engine, results, lambda: bool(results["first"].tokens))
     add("cold", cold)
     collect(engine, results)
-    for load in engine.bank._loads.values():
+    for load in engine.bank._loads._loads.values():
         load.future.result(20)  # from here on it waits for room alone
     steps = 0
     while not results["cold"].ends:

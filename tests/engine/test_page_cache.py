@@ -158,8 +158,8 @@ def test_idle_prefixes_are_reclaimed_least_recently_used_first() -> None:
         _start(world, sequence := _sequence(name, (1,), stack))
         _finish(world, sequence)
     _start(world, _sequence("c", own_text(3, 13)))  # four pages, three are free
-    assert ("(8,)/0",) in world.scheduler.cache.root.children
-    assert ("(4,)/0",) not in world.scheduler.cache.root.children
+    assert ("", "(8,)/0") in world.scheduler.cache.root.children
+    assert ("", "(4,)/0") not in world.scheduler.cache.root.children
 
 
 def test_the_least_recently_used_leaf_goes_first_and_no_page_before_those_behind_it() -> None:

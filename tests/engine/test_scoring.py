@@ -115,6 +115,38 @@ def test_scores_do_not_depend_on_what_else_is_scored(base: FrozenBase, tasks: di
             assert _scores(results[item.id]) == pytest.approx(_scores(alone), abs=1e-4)
 
 
+def test_choices_behind_a_soft_prompt_alone_score_as_alone(base: FrozenBase, tasks: dict[str, Path]) -> None:
+    stacks = {
+        "prompt": [tasks["prompt"]],  # it ends in the midst of a page
+        "page_prompt": [tasks["page_prompt"]],  # and at the end of one
+        "long_prompt": [tasks["long_prompt"]],
+    }
+    for pages, tokens in ((300, 2000), (40, 12)):
+        engine = make_engine(base, max_seqs=64, page_size=4, num_pages=pages, max_batch_tokens=max(tokens, 64))
+        requests = [
+            _scoring(f"{name}/{index}/{time}", [], choice, *stack)
+            for time in range(2)
+            for name, stack in stacks.items()
+            for index, choice in enumerate(CHOICES)
+        ]
+        outcome = run(engine, requests, random.Random(tokens))
+        engine.close()
+        assert engine.scheduler.cache.available == pages - 1
+        for name, stack in stacks.items():
+            model = PeftModel.from_pretrained(tiny_base(ARCHITECTURE), stack[0]).eval()
+            for index, choice in enumerate(CHOICES):
+                text = torch.tensor([choice])
+                with torch.inference_mode():
+                    logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0]
+                expected = logits[-len(choice) - 1 : -1].log_softmax(-1)[range(len(choice)), choice].tolist()
+                for time in range(2):
+                    scores = _scores(outcome.results[f"{name}/{index}/{time}"])
+                    assert scores == pytest.approx(expected, abs=1e-3)
+    results = run(make_engine(base), [_scoring("prefix", [], [5, 6], tasks["prefix"])]).results
+    assert results["prefix"].prompt_logprobs is not None
+    assert results["prefix"].prompt_logprobs[0] is None, "nothing predicts it"
+
+
 def test_300_choices_run_their_input_once(engine: Engine) -> None:
     choices = [[3 + index % 90, 5 + index // 90] for index in range(300)]
     requests = [_scoring(str(index), INPUT, choice) for index, choice in enumerate(choices)]

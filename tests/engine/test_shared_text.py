@@ -121,6 +121,17 @@ def test_each_turn_of_a_chat_takes_what_the_turn_before_left(
         assert after == computed // 4 * 4 > before
 
 
+@pytest.mark.parametrize("names", [(), ("page_prompt",)], ids="+".join)
+def test_a_tenant_finds_nothing_of_anothers(tasks: dict[str, Path], engine: Engine, names: tuple[str, ...]) -> None:
+    folders = [tasks[name] for name in names]
+    cached = []
+    for tenant in ("one", "other", "one"):
+        one = request(tenant, TEMPLATE, greedy(3), *folders, tenant=tenant)
+        cached.append(run(engine, [one]).results[tenant].cached_tokens)
+    assert cached[:2] == [0, 0]
+    assert cached[2] > 0
+
+
 def test_random_prompts_find_no_text(base: FrozenBase, tasks: dict[str, Path], engine: Engine) -> None:
     prompts = random.Random(4)
     requests = [

@@ -35,7 +35,7 @@ STACKS = [
     ("lora", "prompt"),
     ("one_prompt", "other_lora"),
     ("dora", "lora"),
-    ("lora", "dora"),  # what it scales is the task's output
+    ("lora", "dora"),  # it adds its difference from the base
     ("ia3", "dora"),
     ("adalora", "vera"),
     ("vera", "vera"),

@@ -31,7 +31,6 @@ REFUSED = {
     "prefix_gating": "use_gating",
     "prefix_relu_leave_out": "leave_out",
     "noreft": "reft",
-    "mam": "union",
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.adapters.deltas import input_scale, low_rank, output_scale
-from server.model import RowDelta, Rows, Segment, Sites
+from server.model import RowDelta, Rows, Segment, Sites, TokenRows
 
 IN, OUT, TOKENS = 6, 5, 24
 Module = Callable[[Tensor], Tensor]
@@ -97,11 +97,12 @@ class Planner:
         rows = []
         for index, block in enumerate(delta.blocks):
             firsts = [self.first[chosen[token]][index] for token in tokens]
-            first = torch.tensor(firsts) if is_each else firsts[0]
-            rows.append(Rows(self.pools[block.shape[1]], first, len(block)))
+            pool, count = self.pools[block.shape[1]], len(block)
+            each = TokenRows(pool, torch.tensor(firsts)[:, None] + torch.arange(count))
+            rows.append(each if is_each else Rows(pool, firsts[0], count))
         neighbours = tokens == list(range(tokens[0], tokens[-1] + 1))
         where = slice(tokens[0], tokens[-1] + 1) if neighbours else torch.tensor(tokens)
-        return Segment(where, delta.kind, tuple(rows), is_each)
+        return Segment(where, delta.kind, tuple(rows), is_each)  # type: ignore[arg-type]  # they are alike
 
 
 def _linear() -> nn.Module:

@@ -9,8 +9,11 @@ import torch
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    BeftConfig,
+    C3AConfig,
     CartridgeConfig,
     CPTConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -21,6 +24,8 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RoadConfig,
+    ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -45,7 +50,7 @@ _MODULES: dict[str, tuple[list[str], str]] = {
 }
 
 
-_LLAMA_LIKE = ("llama", "mistral")  # that PEFT's LLaMA-Adapter takes, and that it treats alike
+_WITH_ADAPTION_PROMPT = ("llama", "mistral", "gpt2")  # that PEFT's LLaMA-Adapter takes
 _NORMS = r".*(norm|\.ln_[12f])"
 
 
@@ -81,7 +86,7 @@ def configs(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
         **_low_rank(architecture),
         **_of_the_embedding(architecture),
         "ln_tuning": lambda: LNTuningConfig(task_type=CAUSAL, target_modules=_NORMS),
-        **({"adaption_prompt": _adaption_prompt} if architecture in _LLAMA_LIKE else {}),
+        **({"adaption_prompt": _adaption_prompt} if architecture in _WITH_ADAPTION_PROMPT else {}),
     }
 
 
@@ -133,6 +138,7 @@ def _low_rank(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
         cases["mini_miss"] = lambda: MissConfig(
             task_type=CAUSAL, r=4, mini_r=8, init_weights="mini", target_modules=[modules[0], feedforward]
         )
+        cases |= _of_linear_modules(modules, feedforward)
         cases["lokr"] = lambda: LoKrConfig(
             task_type=CAUSAL,
             r=2,
@@ -142,6 +148,23 @@ def _low_rank(architecture: str) -> dict[str, Callable[[], PeftConfig]]:
             alpha_pattern={modules[0]: 3},
         )
     return cases
+
+
+def _of_linear_modules(modules: list[str], feedforward: str) -> dict[str, Callable[[], PeftConfig]]:
+    """Methods that PEFT has for nn.Linear only."""
+    targets = [module for module in modules if module != "lm_head"] + [feedforward]
+    return {
+        "hra": lambda: HRAConfig(task_type=CAUSAL, r=3, target_modules=[*modules, feedforward]),
+        "hra_orthogonal": lambda: HRAConfig(task_type=CAUSAL, r=4, apply_GS=True, target_modules=targets),
+        "c3a": lambda: C3AConfig(
+            task_type=CAUSAL, block_size=8, block_size_pattern={feedforward: 4}, target_modules=targets
+        ),
+        "road": lambda: RoadConfig(task_type=CAUSAL, group_size=8, target_modules=targets),
+        "road_2": lambda: RoadConfig(task_type=CAUSAL, variant="road_2", group_size=2, target_modules=targets),
+        "road_4": lambda: RoadConfig(task_type=CAUSAL, variant="road_4", group_size=16, target_modules=targets),
+        "shira": lambda: ShiraConfig(task_type=CAUSAL, r=1, random_seed=3, target_modules=targets),
+        "beft": lambda: BeftConfig(task_type=CAUSAL, target_modules=targets),
+    }
 
 
 def _of_the_embedding(architecture: str) -> dict[str, Callable[[], PeftConfig]]:

@@ -47,6 +47,10 @@ def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     module.register_forward_hook(lambda _module, _inputs, output: change(output))
 
 
+def _after_input(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    module.register_forward_hook(lambda _module, inputs, output: change(inputs[0], output))
+
+
 @torch.no_grad()
 def _bitfit(model: PreTrainedModel) -> Tensors:
     """A bias for every linear module and norm, and every norm's weight."""
@@ -67,13 +71,14 @@ def _adapter_bias(model: PreTrainedModel) -> Tensors:
     tensors = {}
     for name in places:
         module = model.get_submodule(name)
-        vector, weight, constant = torch.randn(32), torch.randn(1, 32) * 0.3, torch.randn(1)
+        width = module.get_parameter("weight").numel() // 32
+        vector, weight, constant = torch.randn(32), torch.randn(1, width) * 0.3, torch.randn(1)
         if name == places[0]:
             constant = torch.zeros(1)
         else:
             tensors[f"{name}.adapter_bias.alpha.bias"] = constant
         tensors |= {f"{name}.adapter_bias.vector": vector, f"{name}.adapter_bias.alpha.weight": weight}
-        _after(module, lambda y, v=vector, a=weight, c=constant: y + (y @ a.t() + c) * v)  # type: ignore[misc]
+        _after_input(module, lambda x, y, v=vector, a=weight, c=constant: y + (x @ a.t() + c) * v)  # type: ignore[misc]
     return tensors
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from adapters_store import LocalBlobs, NewVersion, NewVersionFacts, RedisIndex, Version, publish_files
-from adapters_store.records import FileRecord
+from adapters_store.identity import adapter_digest
+from adapters_store.records import FileRecord, Mode, NewCustomization
 
 FACTS = NewVersionFacts(method="prompt", parameters=64, bytes=300, virtual_tokens=4, base_fingerprint="base")
 
@@ -16,6 +18,21 @@ FACTS = NewVersionFacts(method="prompt", parameters=64, bytes=300, virtual_token
 def new_version(text: str, base: str = "base") -> NewVersion:
     files = {"adapter_config.json": FileRecord("c" * 64, 10)}
     return NewVersion(digest=text, method="lora", parameters=1, bytes=10, rank=2, files=files, base_fingerprint=base)
+
+
+def new_customization(text: str, mode: Mode = "compose") -> NewCustomization:
+    names = ("adapter_config.json", "adapter_model.safetensors", "medley.json", "README.md")
+    files = {name: FileRecord(hashlib.sha256(f"{name} {text}".encode()).hexdigest(), 10_000) for name in names}
+    return NewCustomization(
+        mode=mode,
+        digest=adapter_digest(files),
+        method="prompt_tuning",
+        parameters=1280,
+        bytes=30_000,
+        virtual_tokens=20,
+        files=files,
+        base_fingerprint=hashlib.sha256(b"base").hexdigest(),
+    )
 
 
 def write_adapter(folder: Path, text: str, readme: str = "about") -> None:

@@ -144,7 +144,7 @@ async def test_a_feed_trimmed_past_its_position_makes_it_read_everything(own_red
         own_redis.start()
         with Redis.from_url(own_redis.url) as redis, redis.pipeline() as change:
             # As if so much had happened meanwhile that no entry of these changes is left.
-            change.delete("medley:task:gone").zrem("medley:tasks", "gone")
+            change.delete("medley:task:gone").zrem("medley:tasks", "/gone")
             change.xadd("medley:feed", {"kind": "task_put", "task": "other"})
             change.xtrim("medley:feed", maxlen=1, approximate=False)
             change.execute()
@@ -175,7 +175,7 @@ async def test_another_index_id_alone_makes_it_read_everything(own_redis: Privat
         await index.publish("gone", new_version("a"), activate=True)
         await eventually(lambda: active(tasks, "gone") == 1)
         with Redis.from_url(own_redis.url) as redis, redis.pipeline() as change:
-            change.delete("medley:task:gone").zrem("medley:tasks", "gone").set("medley:index_id", "another").execute()
+            change.delete("medley:task:gone").zrem("medley:tasks", "/gone").set("medley:index_id", "another").execute()
         await eventually(lambda: tasks.get("gone") is None and index.index_id == "another")
 
 
@@ -192,3 +192,19 @@ def test_the_feed_is_waited_for_less_long_than_a_call_may_take() -> None:
     from adapters_store import connection
 
     assert directory.FEED_WAIT < connection.CALL_TIMEOUT
+
+
+async def test_its_pages_are_the_index_s(index: RedisIndex) -> None:
+    for name in ("b", "a-1", "acme/b", "acme/a", "acme/a-1", "acm/z", "acme-2/y", "Z"):
+        await index.publish(name, new_version(name), activate=True)
+    mirrored = TaskDirectory(index)
+    await mirrored.start()
+    for tenant in ("", "acme", "acm", "nobody"):
+        whole, _ = await index.list_states(100, tenant=tenant)
+        for limit in (1, 2, 100):
+            for after in (None, *(state.task.name for state in whole)):
+                assert mirrored.list_states(limit, after, tenant=tenant) == await index.list_states(
+                    limit, after, tenant=tenant
+                )
+    assert [state.task.name for state in mirrored.states(["acme/b", "nobody", "Z"])] == ["acme/b", "Z"]
+    await mirrored.stop()

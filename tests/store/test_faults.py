@@ -128,3 +128,30 @@ async def test_a_socket_place_that_another_user_made_is_not_used(
         with pytest.raises(RedisNotStarted, match="TMPDIR"):
             server.start()
         assert server.poll() is None
+
+
+class _RefusedByUvloop:
+    """What uvloop raises for a write to a connection that was reset a moment before."""
+
+    async def xread(self, *_: object, **__: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+
+async def test_a_connection_that_is_reset_under_a_write_is_redis_away_and_ends_no_follower(
+    own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = await RedisIndex.connect(own_redis.url)
+    tasks = TaskDirectory(index)
+    await tasks.start()
+    with monkeypatch.context() as reset:
+        reset.setattr(index.feed, "_redis", _RefusedByUvloop())
+        with pytest.raises(StoreUnavailable, match="handler is closed"):
+            await index.feed.after("0", index.index_id, wait=None)
+        await eventually(lambda: not tasks.available)
+    await eventually(lambda: tasks.available)
+    with monkeypatch.context() as broken:
+        broken.setattr(index.feed, "_redis", None)  # a fault that nobody has thought of
+        await eventually(lambda: not tasks.available)
+    await eventually(lambda: tasks.available)
+    await tasks.stop()
+    await index.close()

@@ -31,7 +31,10 @@ async def test_a_published_version_is_read_back_as_it_was_given(index: RedisInde
     assert (is_new, version.task, version.number, version.files, version.rank) == (True, "t", 1, new.files, 2)
     assert await index.get_version("t", 1) == version
     assert await index.list_versions("t") == [version]
-    assert await index.read_tasks(["t", "none"]) == [(await index.get_task("t"), version), None]
+    assert await index.read_tasks(["t", "none"]) == [
+        (await index.get_task("t"), version, None),
+        None,
+    ]
 
 
 async def test_the_same_content_again_is_the_existing_version_and_can_be_activated(index: RedisIndex) -> None:
@@ -85,14 +88,16 @@ async def test_the_active_version_cannot_be_deleted(index: RedisIndex) -> None:
     assert len(await index.list_versions("t")) == 1
 
 
-async def test_a_deleted_task_leaves_only_its_last_number(index: RedisIndex, redis_url: str, namespace: str) -> None:
+async def test_a_deleted_task_leaves_only_its_last_number_revision_and_history(
+    index: RedisIndex, redis_url: str, namespace: str
+) -> None:
     await index.publish("t", new_version("a"), activate=True)
     await index.touch({"t": 5.0})
     await index.delete_task("t")
     await index.touch({"t": 6.0})
     with Redis.from_url(redis_url) as redis:
         left = {key.decode().split(":", 1)[1] for key in redis.keys(f"{namespace}:*")}
-    assert left == {"index_id", "schema", "feed", "numbers"}
+    assert left == {"index_id", "schema", "feed", "numbers", "revisions", "history:t"}
 
 
 async def test_what_is_not_there_is_not_found(index: RedisIndex) -> None:

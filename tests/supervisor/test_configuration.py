@@ -41,4 +41,11 @@ def test_files_are_stored_in_the_data_folder_unless_another_folder_is_named(data
     elsewhere = engine_configuration(settings(model="some/model", store=str(tmp_path / "other")), data)
     assert elsewhere.blobs == str(tmp_path / "other")
     with pytest.raises(StartupError, match="--store"):
-        engine_configuration(settings(model="some/model", store="s3://bucket"), data)
+        engine_configuration(settings(model="some/model", store="ftp://host"), data)
+
+
+def test_a_bucket_s_copies_are_kept_in_the_data_folder(data: DataFolder) -> None:
+    given = engine_configuration(settings(model="some/model", store="s3://bucket/prefix", store_cache=0.5), data)
+    assert (given.blobs, given.blob_cache_bytes) == ("s3://bucket/prefix", 2**29)
+    assert given.blob_cache == str(data.blob_cache)
+    assert data.blob_cache.parent == data.path

@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.tuning import TuneError, TuneReport, TuneSettings, read_examples, tune
+from server.tuning import TuneError, TuneSettings, read_examples
 from server.tuning.adapter import new_adapter
 from server.tuning.base import load_base, quiet_libraries
+from server.tuning.trainer import TuneReport, tune
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "virtual_tokens": 5, "learning_rate": 0.1},

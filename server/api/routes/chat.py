@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import answer
+from server.api.auth import GuardedRoute, TheCaller, needs
 from server.api.choice import Delta
 from server.api.generation import Generation, arrival
 from server.api.limits import check_counts
@@ -19,20 +20,21 @@ from server.api.sampling import plan_sampling
 from server.api.schemas.chat import ChatBody
 from server.api.scores import chat_logprobs
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=GuardedRoute)
 
 
 @router.post(
     "/v1/chat/completions", summary="Answer a conversation", responses=examples.answers(examples.CHAT, stream=True)
 )
-async def chat(body: ChatBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def chat(body: ChatBody, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """OpenAI's chat, through the task's own template, else the base's chat template. Without `max_tokens` an answer
     may take all that the model's length leaves."""
     with arrival(services.metrics) as arrived:
         base = services.require_base()
         n = body.n or 1
         check_counts(services.settings, n=n)
-        target = await resolve(services, base, body.model, param="model")
+        target = await resolve(services, base, caller, body.model, param="model", user=body.user)
         arrived.label = target.label
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts, max_tokens=None, logprobs=logprobs)
@@ -40,6 +42,7 @@ async def chat(body: ChatBody, request: Request, services: TheServices) -> Respo
         generation = Generation(
             services,
             base,
+            caller,
             target,
             [prompt],
             plan,
@@ -63,7 +66,7 @@ class ChatWriter:
     @property
     def medley(self) -> dict[str, Any]:
         """What was really applied."""
-        return self._generation.target.medley(self._body.user)
+        return self._generation.target.medley
 
     def whole(self, choices: list[Delta]) -> dict[str, Any]:
         """The document."""

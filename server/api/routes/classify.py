@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import json_response
+from server.api.auth import GuardedRoute, TheCaller, needs
 from server.api.disconnect import while_connected
 from server.api.generation import Generation, arrival
 from server.api.prompts import Prompt, input_prompt, token_prompt
@@ -25,7 +26,7 @@ from server.api.schemas.classify import ClassifyBody
 from server.api.services import ServedBase
 from server.engine.protocol import Classification
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=GuardedRoute)
 
 _EXAMPLE = {
     "task": "sentiment",
@@ -38,15 +39,19 @@ _EXAMPLE = {
 
 
 @router.post("/v1/tasks/{task}/classify", summary="Classify an input", responses=examples.answers(_EXAMPLE))
-async def classify(task: str, body: ClassifyBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def classify(
+    task: str, body: ClassifyBody, request: Request, services: TheServices, caller: TheCaller
+) -> Response:
     """`task` may be `task@N`. All labels, best first; of a regression `value` in place of `labels` and `best`."""
     with arrival(services.metrics) as arrived:
         base = services.require_base()
-        target = await resolve(services, base, task, param="task")
+        target = await resolve(services, base, caller, task, param="task", user=body.user)
         arrived.label = target.label
         generation = Generation(
             services,
             base,
+            caller,
             target,
             [await _prompt(base, target, body)],
             plan_sampling({}, {}, base.facts, max_tokens=0),
@@ -59,7 +64,7 @@ async def classify(task: str, body: ClassifyBody, request: Request, services: Th
         )
     [delta] = await while_connected(request.receive, generation.collect())
     assert delta.classification is not None, "it was asked for"
-    medley = target.medley(body.user)
+    medley = target.medley
     return json_response(
         {
             "task": medley["task"],

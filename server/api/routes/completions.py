@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import answer
+from server.api.auth import GuardedRoute, TheCaller, needs
 from server.api.choice import Delta
 from server.api.generation import Generation, arrival
 from server.api.limits import check_counts
@@ -20,19 +21,20 @@ from server.api.schemas.completions import CompletionBody
 from server.api.scores import completion_logprobs, score_prompt
 from server.api.services import ServedBase
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], route_class=GuardedRoute)
 
 
 @router.post(
     "/v1/completions", summary="Complete a prompt", responses=examples.answers(examples.COMPLETION, stream=True)
 )
-async def complete(body: CompletionBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def complete(body: CompletionBody, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """OpenAI's completions, for the base and every task. A task's template is not applied: the prompt is the text."""
     with arrival(services.metrics) as arrived:
         base = services.require_base()
         n = body.n or 1
         check_counts(services.settings, prompts=len(body.prompt), n=n)
-        target = await resolve(services, base, body.model, param="model")
+        target = await resolve(services, base, caller, body.model, param="model", user=body.user)
         arrived.label = target.label
         plan = plan_sampling(
             body.given(),
@@ -45,6 +47,7 @@ async def complete(body: CompletionBody, request: Request, services: TheServices
         generation = Generation(
             services,
             base,
+            caller,
             target,
             prompts,
             plan,
@@ -75,7 +78,7 @@ class CompletionWriter:
     @property
     def medley(self) -> dict[str, Any]:
         """What was really applied."""
-        return self._generation.target.medley(self._body.user)
+        return self._generation.target.medley
 
     def whole(self, choices: list[Delta]) -> dict[str, Any]:
         """The document."""

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-MEDLEY = {"task": "sentiment", "version": 1, "user": None, "customization": None, "methods": ["prompt_tuning"]}
+APPLIED = {
+    "mode": "compose",
+    "digest": "fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9",
+    "method": "lora",
+    "made_against": 1,
+    "created": 1767225700.0,
+}
+MEDLEY = {
+    "task": "sentiment",
+    "version": 1,
+    "user": "ann",
+    "customization": APPLIED,
+    "methods": ["prompt_tuning", "lora"],
+}
 USAGE = {
     "prompt_tokens": 9,
     "completion_tokens": 2,
@@ -60,12 +73,27 @@ VERSION = {
     "created": 1767225600.0,
     "files": [{"name": "adapter_config.json", "sha256": "0a1b…", "bytes": 512}],
 }
+CUSTOMIZATION = {
+    "user": "ann",
+    "task": "sentiment",
+    **APPLIED,
+    "parameters": 2048,
+    "bytes": 8704,
+    "virtual_tokens": 0,
+    "rank": 4,
+    "servable": True,
+    "files": [{"name": "adapter_config.json", "sha256": "0a1b…", "bytes": 512}],
+}
 TASK = {
     "task": "sentiment",
     "description": "Is a review good or bad?",
     "template": "Review: {{ input }}\nSentiment:",
     "defaults": {"temperature": 0.0, "max_tokens": 4},
     "labels": {},
+    "public": False,
+    "pinned": False,
+    "customization": {"methods": ["lora"], "max_virtual_tokens": None, "max_parameters": 100000, "max_bytes": None},
+    "revision": 2,
     "active": 1,
     "previous": None,
     "canary": None,
@@ -74,6 +102,14 @@ TASK = {
     "created": 1767225600.0,
     "updated": 1767225600.0,
     "last_used": 1767225900.0,
+}
+HISTORY_ENTRY = {
+    "id": 7,
+    "time": 1767225600.0,
+    "action": "version_activated",
+    "actor": "key-5f0c1a2b3c4d",
+    "request_id": "f3a9",
+    "detail": {"version": 2, "previous": 1},
 }
 METHOD = {
     "method": "lora",

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from adapters_store import StoreError
 from server.api.answers import answer, json_response
+from server.api.auth import GuardedRoute, TheCaller, needs
+from server.api.caller import Caller
 from server.api.choice import Delta
 from server.api.disconnect import while_connected
 from server.api.errors import body_of, request_error_of, validation_fault
@@ -26,7 +28,7 @@ from server.api.schemas.generate import BatchBody, BatchItem, GenerateBody
 from server.api.services import ServedBase, Services
 from server.errors import RequestError
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=GuardedRoute)
 
 
 @router.post(
@@ -34,9 +36,12 @@ router = APIRouter(tags=["generate"])
     summary="Let a task answer an input",
     responses=examples.answers(examples.GENERATED, stream=True),
 )
-async def generate(task: str, body: GenerateBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def generate(
+    task: str, body: GenerateBody, request: Request, services: TheServices, caller: TheCaller
+) -> Response:
     """`task` may be `task@N`, or the base's id. A stream is events of `text`, then one with the `finish_reason`."""
-    generation = await _start(services, task, body)
+    generation = await _start(services, caller, task, body)
     return await answer(request, generation, GenerateWriter(generation, body), stream=body.stream)
 
 
@@ -45,19 +50,20 @@ async def generate(task: str, body: GenerateBody, request: Request, services: Th
     summary="Let many tasks answer many inputs",
     responses=examples.answers({"results": [examples.GENERATED, examples.ERROR]}),
 )
-async def generate_batch(body: BatchBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def generate_batch(body: BatchBody, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """Results in the order of the requests; one that fails carries its own `error`."""
     services.require_base()
     check_counts(services.settings, prompts=len(body.requests), param="requests")
-    items = [_result(services, item) for item in body.requests]
+    items = [_result(services, caller, item) for item in body.requests]
     results = await while_connected(request.receive, _all(items))
     return json_response({"results": results})
 
 
-async def _start(services: Services, name: str, body: GenerateBody) -> Generation:
+async def _start(services: Services, caller: Caller, name: str, body: GenerateBody) -> Generation:
     with arrival(services.metrics) as arrived:
         base = services.require_base()
-        target = await resolve(services, base, name, param="task")
+        target = await resolve(services, base, caller, name, param="task", user=body.user)
         arrived.label = target.label
         plan = plan_sampling(body.given(), target.settings.defaults, base.facts)
         prompt = await _prompt(base, target, body)
@@ -65,6 +71,7 @@ async def _start(services: Services, name: str, body: GenerateBody) -> Generatio
         return Generation(
             services,
             base,
+            caller,
             target,
             [prompt],
             plan,
@@ -86,11 +93,11 @@ async def _all(items: list[Coroutine[Any, Any, dict[str, Any]]]) -> list[dict[st
     return list(await asyncio.gather(*items))
 
 
-async def _result(services: Services, item: Any) -> dict[str, Any]:
+async def _result(services: Services, caller: Caller, item: Any) -> dict[str, Any]:
     """One item's result, or its error."""
     try:
         body = BatchItem.model_validate(item)
-        generation = await _start(services, body.task, body)
+        generation = await _start(services, caller, body.task, body)
         writer = GenerateWriter(generation, body)
         return {**writer.whole(await generation.collect()), "medley": writer.medley}
     except ValidationError as error:
@@ -112,7 +119,7 @@ class GenerateWriter:
     @property
     def medley(self) -> dict[str, Any]:
         """What was really applied."""
-        return self._generation.target.medley(self._body.user)
+        return self._generation.target.medley
 
     def whole(self, choices: list[Delta]) -> dict[str, Any]:
         """The document."""

@@ -6,10 +6,11 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.answers import json_response
+from server.api.auth import GuardedRoute, needs
 from server.api.routes import examples
 from server.api.routes.dependencies import TheServices
 
-router = APIRouter(tags=["methods"])
+router = APIRouter(tags=["methods"], route_class=GuardedRoute)
 
 
 @router.get(
@@ -17,6 +18,7 @@ router = APIRouter(tags=["methods"])
     summary="List the methods that adapters may have",
     responses=examples.answers({"object": "list", "data": [examples.METHOD]}),
 )
+@needs("invoke")
 async def list_methods(services: TheServices) -> Response:
     """Each with its mechanism, the checkpoints that are read, its parameters per layer and what it costs while served.
 

@@ -3,11 +3,11 @@
 Rank classification: T-Few (Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", NeurIPS 2022) divides a choice's log-probability by its tokens, as `normalize` does by default.
 Each choice is a sequence of its own, the input's tokens and then the choice's; the engine runs the input once for all.
+Behind an empty input a soft prompt's last virtual token predicts the choices' first tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import json_response
+from server.api.auth import GuardedRoute, TheCaller, needs
 from server.api.choice import Delta
 from server.api.disconnect import while_connected
 from server.api.generation import Generation, arrival
@@ -28,7 +29,7 @@ from server.api.services import ServedBase
 from server.errors import RequestError
 from server.settings import Settings
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=GuardedRoute)
 
 _NEVER = -9999.0  # of a token that cannot follow: JSON has no infinity
 _EXAMPLE = {
@@ -52,28 +53,36 @@ class _Choice:
 
 
 @router.post("/v1/tasks/{task}/score", summary="Score the choices for an input", responses=examples.answers(_EXAMPLE))
-async def score(task: str, body: ScoreBody, request: Request, services: TheServices) -> Response:
+@needs("invoke")
+async def score(task: str, body: ScoreBody, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """`task` may be `task@N`, or the base's id. `logprob` is the sum over a choice's tokens, given the input."""
     with arrival(services.metrics) as arrived:
         base = services.require_base()
-        target = await resolve(services, base, task, param="task")
+        target = await resolve(services, base, caller, task, param="task", user=body.user)
         arrived.label = target.label
         choices = await _choices(base, target, body, services.settings)
         prompt = await _input(base, target, body)
+        param = "input" if body.prompt_token_ids is None else "prompt_token_ids"
+        if not prompt.token_ids and not target.virtual_tokens:
+            raise _no_input(param)
         plan = plan_sampling({}, {}, base.facts, max_tokens=0, prompt_logprobs_from=len(prompt.token_ids))
         generation = Generation(
             services,
             base,
+            caller,
             target,
             [Prompt(prompt.token_ids + choice.token_ids) for choice in choices],
             plan,
             n=1,
-            param="input" if body.prompt_token_ids is None else "prompt_token_ids",
+            param=param,
             user=body.user,
             priority=body.priority,
             arrived=arrived,
+            shared_tokens=len(prompt.token_ids),
         )
     scored = await while_connected(request.receive, generation.collect())
+    if any(None in (delta.prompt_scores or ()) for delta in scored):
+        raise _no_input(param)  # its virtual tokens are a prefix's
     logprobs = [_logprob(delta) for delta in scored]
     lengths = [len(choice.token_ids) if body.normalize == "tokens" else 1 for choice in choices]
     ranked = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
@@ -81,8 +90,8 @@ async def score(task: str, body: ScoreBody, request: Request, services: TheServi
         {
             "choices": [_choice_json(choice, logprob) for choice, logprob in zip(choices, logprobs, strict=True)],
             "best": ranked.index(max(ranked)),
-            "usage": _usage(generation, len(prompt.token_ids), choices),
-            "medley": target.medley(body.user),
+            "usage": _usage(generation),
+            "medley": target.medley,
         }
     )
 
@@ -115,13 +124,16 @@ async def _choices(base: ServedBase, target: Target, body: ScoreBody, settings: 
 
 
 async def _input(base: ServedBase, target: Target, body: ScoreBody) -> Prompt:
-    """The input's tokens, at least one: its last position predicts the choices' first tokens."""
     if body.prompt_token_ids is not None:
         return token_prompt(base, body.prompt_token_ids, param="prompt_token_ids")
-    prompt = await input_prompt(base, target, body.input, body.inputs)
-    if not prompt.token_ids:
-        raise RequestError("empty_prompt", "input: it has no tokens, and choices follow an input", "input")
-    return prompt
+    return await input_prompt(base, target, body.input, body.inputs)
+
+
+def _no_input(param: str) -> RequestError:
+    message = (
+        f"{param}: it has no tokens, and there is no soft prompt whose last virtual token the choices could follow"
+    )
+    return RequestError("empty_prompt", message, param)
 
 
 def _logprob(delta: Delta) -> float:
@@ -135,13 +147,10 @@ def _choice_json(choice: _Choice, logprob: float) -> dict[str, Any]:
     return document if choice.label is None else {"label": choice.label, **document}
 
 
-def _usage(generation: Generation, num_input: int, choices: Sequence[_Choice]) -> dict[str, Any]:
+def _usage(generation: Generation) -> dict[str, Any]:
     """The input is counted once, and each choice; cached are the positions that not even the first had to run."""
-    prompt_tokens = num_input + sum(len(choice.token_ids) for choice in choices)
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": 0,
-        "total_tokens": prompt_tokens,
+        **generation.usage(),
         "prompt_tokens_details": {
             "cached_tokens": min(choice.cached_tokens for choice in generation.choices),
             "virtual_tokens": generation.choices[0].virtual_tokens,

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+import msgspec
+from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
-from adapters_store import Task, Version
+from adapters_store import Canary, FeedEvent, StoreUnavailable, Task, Version
 from server.api.answers import json_response
-from server.api.publish import put_settings
+from server.api.auth import GuardedRoute, TheCaller, needs
+from server.api.caller import Caller
 from server.api.routes import examples
 from server.api.routes.dependencies import TheServices
 from server.api.routes.versions import version_json
 from server.api.schemas.tasks import TaskBody, TaskPatch
 from server.api.services import Services
-from server.errors import RequestError
+from server.api.task_settings import put_settings, revision_of
+from server.api.tenancy import id_of, is_own, list_visible, own, visible
 
-router = APIRouter(tags=["tasks"])
+router = APIRouter(tags=["tasks"], route_class=GuardedRoute)
 
 MAX_PAGE = 1000
 
@@ -28,25 +32,36 @@ MAX_PAGE = 1000
     summary="List tasks by name",
     responses=examples.answers({"object": "list", "data": [examples.TASK], "has_more": False}),
 )
+@needs("invoke")
 async def list_tasks(
     services: TheServices,
+    caller: TheCaller,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     after: Annotated[str | None, Query(description="the last name of the page before")] = None,
 ) -> Response:
-    """One page, each task with its active version's method and size."""
+    """One page of the caller's own tasks and the public ones, each with its active version's method and size."""
     services.require_base()
-    page, has_more = await services.index.list_active(limit, after)
-    used = await asyncio.gather(*(services.index.last_used(task.name) for task, _ in page))
-    data = [task_json(task, active, last_used) for (task, active), last_used in zip(page, used, strict=True)]
+    page, has_more = await list_visible(services, caller, limit, after)
+    used = await asyncio.gather(*(_last_used(services, caller, state.task) for state in page))
+    data = [task_json(state.task, state.active, last_used) for state, last_used in zip(page, used, strict=True)]
     return json_response({"object": "list", "data": data, "has_more": has_more})
 
 
 @router.put(
     "/v1/tasks/{task}", summary="Create a task or change its settings", responses=examples.answers(examples.TASK)
 )
-async def put_task(task: str, body: TaskBody, services: TheServices) -> Response:
-    """A setting left out keeps its value; null resets it."""
-    return await _show(services, await put_settings(services, task, body))
+@needs("publish")
+async def put_task(
+    task: str,
+    body: TaskBody,
+    services: TheServices,
+    caller: TheCaller,
+    if_match: Annotated[str | None, Header(description="change only settings of this revision; else 412")] = None,
+) -> Response:
+    """A setting left out keeps its value; null resets it. Changes of several callers at once are all kept, one after
+    the other; with `If-Match` and the task's `revision` (its ETag) a change is refused if another came between."""
+    changed = await put_settings(services, caller, task, body, revision=revision_of(if_match))
+    return await _show(services, caller, changed)
 
 
 @router.get(
@@ -54,41 +69,68 @@ async def put_task(task: str, body: TaskBody, services: TheServices) -> Response
     summary="Show a task",
     responses=examples.answers({**examples.TASK, "versions": [examples.VERSION]}),
 )
-async def get_task(task: str, services: TheServices) -> Response:
+@needs("invoke")
+async def get_task(task: str, services: TheServices, caller: TheCaller) -> Response:
     """Settings, pointers and all versions."""
-    return await _show(services, await services.index.get_task(task))
+    return await _show(services, caller, await services.index.get_task(visible(services, caller, task)))
 
 
-@router.patch("/v1/tasks/{task}", summary="Switch to a version", responses=examples.answers(examples.TASK))
-async def patch_task(task: str, body: TaskPatch, services: TheServices) -> Response:
-    """Requests in flight end on the version that they started on. `previous` names the version to roll back to."""
+@router.patch("/v1/tasks/{task}", summary="Switch to a version, or try one", responses=examples.answers(examples.TASK))
+@needs("publish")
+async def patch_task(task: str, body: TaskPatch, services: TheServices, caller: TheCaller) -> Response:
+    """`active_version` switches all requests, `canary` gives a version its percent of them: the same users always, or,
+    of requests without a user, the same request ids. Requests in flight end on the version that they started on."""
     services.require_base()
-    if body.active_version is None:
-        if "canary" in body.model_fields_set:  # null: there is none to remove
-            return await _show(services, await services.index.get_task(task))
-        raise RequestError("invalid_request", "active_version: name the version to switch to", "active_version")
-    patched = await services.index.activate(task, body.active_version)
-    await services.directory.refresh([task])
-    return await _show(services, patched)
+    name = own(caller, task)
+    if body.active_version is not None:
+        changed = await services.index.activate(name, body.active_version, change=caller.change)
+    else:
+        canary = None if body.canary is None else Canary(body.canary.version, body.canary.percent)
+        changed = await services.index.set_canary(name, canary, change=caller.change)
+    await services.directory.refresh([name])
+    return await _show(services, caller, changed)
+
+
+@router.post(
+    "/v1/tasks/{task}/rollback",
+    summary="Switch back to the version before",
+    responses=examples.answers(examples.TASK),
+)
+@needs("publish")
+async def rollback(task: str, services: TheServices, caller: TheCaller) -> Response:
+    """To the newest version that was active before and still exists. What it is rolled back from is none that a
+    further rollback leads to."""
+    services.require_base()
+    name = own(caller, task)
+    changed = await services.index.rollback(name, change=caller.change)
+    await services.directory.refresh([name])
+    return await _show(services, caller, changed)
 
 
 @router.delete("/v1/tasks/{task}", status_code=204, summary="Delete a task and its versions", responses=examples.ERRORS)
-async def delete_task(task: str, services: TheServices) -> Response:
-    """Its version numbers stay used."""
-    await services.index.delete_task(task)
-    await services.directory.refresh([task])
+@needs("publish")
+async def delete_task(task: str, services: TheServices, caller: TheCaller) -> Response:
+    """Its version numbers stay used; users' customizations go with it."""
+    name = own(caller, task)
+    await services.index.delete_task(name, change=caller.change)
+    services.customizations.changed(FeedEvent(id="", kind="task_deleted", task=name))
+    await services.directory.refresh([name])
     return Response(status_code=204)
 
 
 def task_json(task: Task, active: Version | None, last_used: float | None) -> dict[str, Any]:
     """A task without its versions; `methods` and `bytes` are the active one's."""
-    canary = task.canary
+    canary, limits = task.canary, task.settings.customization
     return {
-        "task": task.name,
+        "task": id_of(task.name),
         "description": task.settings.description,
         "template": task.settings.template,
         "defaults": task.settings.defaults,
         "labels": task.settings.labels,
+        "public": task.settings.public,
+        "pinned": task.settings.pinned,
+        "customization": None if limits is None else msgspec.structs.asdict(limits),
+        "revision": task.settings_revision,
         "active": task.active,
         "previous": task.previous,
         "canary": None if canary is None else {"version": canary.version, "percent": canary.percent},
@@ -100,10 +142,20 @@ def task_json(task: Task, active: Version | None, last_used: float | None) -> di
     }
 
 
-async def _show(services: Services, task: Task) -> Response:
+async def _last_used(services: Services, caller: Caller, task: Task) -> float | None:
+    """Of another tenant's public task it is not told, and of none while Redis is away."""
+    if is_own(caller, task.name) and services.directory.available:
+        with suppress(StoreUnavailable):
+            return await services.index.last_used(task.name)
+    return None
+
+
+async def _show(services: Services, caller: Caller, task: Task) -> Response:
     base = services.require_base()
     versions = await services.index.list_versions(task.name)
     active = next((version for version in versions if version.number == task.active), None)
-    document = task_json(task, active, await services.index.last_used(task.name))
+    document = task_json(task, active, await _last_used(services, caller, task))
     shown = [version_json(version, base, is_active=version.number == task.active) for version in versions]
-    return json_response({**document, "versions": shown})
+    response = json_response({**document, "versions": shown})
+    response.headers["ETag"] = f'"{task.settings_revision}"'
+    return response

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from adapters_store import Version, VersionCorrupt
+from server.api.adapter_refs import adapter_of
 from server.api.answers import json_response
+from server.api.auth import GuardedRoute, TheCaller, needs
+from server.api.caller import Caller
 from server.api.disconnect import while_connected
-from server.api.errors import request_error_of
-from server.api.publish import check_staged, check_task_name, publish_staged, task_names
-from server.api.resolve import adapter_of, check_servable
+from server.api.publish import check_room, check_staged, check_task_name, publish_staged, task_names
+from server.api.resolve import check_servable, name_of, naming
 from server.api.routes import examples
 from server.api.routes.dependencies import TheServices
+from server.api.routes.uploading import MULTIPART, received
 from server.api.services import ServedBase, Services
-from server.api.uploads import ACCEPTED_FILES, receive_files
+from server.api.tenancy import id_of, own, visible
 from server.engine.protocol import NeighboursFound
 from server.errors import RequestError
 
-router = APIRouter(tags=["versions"])
-
-_MULTIPART = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["files"],
-                "properties": {
-                    "files": {
-                        "type": "array",
-                        "items": {"type": "string", "format": "binary"},
-                        "description": f"with file names: {', '.join(ACCEPTED_FILES)}",
-                    }
-                },
-            }
-        }
-    },
-}
-
+router = APIRouter(tags=["versions"], route_class=GuardedRoute)
 
 _NEIGHBOURS = {
     "task": "sentiment",
@@ -65,19 +52,29 @@ _NEIGHBOURS = {
             "content": {"application/json": {"example": examples.VERSION}},
         },
     },
-    openapi_extra={"requestBody": _MULTIPART},
+    openapi_extra={"requestBody": MULTIPART},
 )
+@needs("publish")
 async def upload(
-    task: str, request: Request, services: TheServices, activate: bool = True, dry_run: bool = False
+    task: str,
+    request: Request,
+    services: TheServices,
+    caller: TheCaller,
+    activate: bool = True,
+    dry_run: bool = False,
+    task_index: Annotated[int | None, Query(ge=0)] = None,
 ) -> Response:
     """The files of an adapter's folder become a version of the task, which is created if new. With `dry_run` everything
     is checked and nothing kept.
 
     A checkpoint of N tasks (multitask prompt tuning) becomes a version of each of the tasks `{task}:0` … `{task}:N-1`;
-    the answer is the first one's with all of them in `tasks`.
+    the answer is the first one's with all of them in `tasks`. With `task_index` it is a version of `{task}` itself,
+    of that one of its tasks alone.
     """
     try:
-        response = await _receive(services, task, request, activate=activate, dry_run=dry_run)
+        response = await _receive(
+            services, caller, task, request, activate=activate, dry_run=dry_run, task_index=task_index
+        )
     except RequestError as error:
         services.metrics.upload(error.code)
         raise
@@ -88,24 +85,28 @@ async def upload(
 @router.get(
     "/v1/tasks/{task}/versions/{number}", summary="Show a version", responses=examples.answers(examples.VERSION)
 )
-async def get_version(task: str, number: int, services: TheServices) -> Response:
+@needs("invoke")
+async def get_version(task: str, number: int, services: TheServices, caller: TheCaller) -> Response:
     """A version and its files' hashes."""
     base = services.require_base()
-    version = await services.index.get_version(task, number)
-    active = (await services.index.get_task(task)).active
+    name = visible(services, caller, task)
+    version = await services.index.get_version(name, number)
+    active = (await services.index.get_task(name)).active
     return json_response(version_json(version, base, is_active=number == active))
 
 
 @router.delete(
     "/v1/tasks/{task}/versions/{number}",
     status_code=204,
-    summary="Delete a version that is not active",
+    summary="Delete a version that neither is active nor the canary",
     responses=examples.ERRORS,
 )
-async def delete_version(task: str, number: int, services: TheServices) -> Response:
+@needs("publish")
+async def delete_version(task: str, number: int, services: TheServices, caller: TheCaller) -> Response:
     """Its number stays used."""
-    await services.index.delete_version(task, number)
-    await services.directory.refresh([task])
+    name = own(caller, task)
+    await services.index.delete_version(name, number, change=caller.change)
+    await services.directory.refresh([name])
     return Response(status_code=204)
 
 
@@ -115,16 +116,20 @@ async def delete_version(task: str, number: int, services: TheServices) -> Respo
     response_class=FileResponse,
     responses={200: {"description": "The file, byte for byte as uploaded"}, **examples.ERRORS},
 )
-async def get_file(task: str, number: int, name: str, services: TheServices) -> Response:
+@needs("invoke")
+async def get_file(task: str, number: int, name: str, services: TheServices, caller: TheCaller) -> Response:
     """A file of a version, as it was uploaded."""
-    version = await services.index.get_version(task, number)
+    version = await services.index.get_version(visible(services, caller, task), number)
     record = version.files.get(name)
     if record is None:
         message = f"version {number} of '{task}' has no file '{name}'; it has {', '.join(sorted(version.files))}"
         raise RequestError("file_not_found", message, "name")
-    if not services.blobs.exists(record.sha256):
-        raise request_error_of(VersionCorrupt(record.sha256, f"blob {record.sha256} is missing from the blob store"))
-    return FileResponse(services.blobs.path(record.sha256), media_type="application/octet-stream", filename=name)
+    try:
+        return await _BlobResponse.of(services.blobs.file(record.sha256), name)
+    except VersionCorrupt as error:
+        raise RequestError(
+            "version_corrupt", f"{name_of(version)}: {error}; upload its content again", "name"
+        ) from None
 
 
 @router.get(
@@ -132,18 +137,46 @@ async def get_file(task: str, number: int, name: str, services: TheServices) -> 
     summary="Show what virtual tokens are near to",
     responses=examples.answers(_NEIGHBOURS),
 )
+@needs("invoke")
 async def get_neighbours(
-    task: str, number: int, request: Request, services: TheServices, k: Annotated[int, Query(ge=1, le=100)] = 5
+    task: str,
+    number: int,
+    request: Request,
+    services: TheServices,
+    caller: TheCaller,
+    k: Annotated[int, Query(ge=1, le=100)] = 5,
 ) -> Response:
     """Of a soft prompt: each virtual token's norm and the `k` nearest tokens of the vocabulary by cosine. Of a prefix:
     its keys' and values' norms in each layer. Other methods have no virtual tokens."""
     base = services.require_base()
-    version = await services.index.get_version(task, number)
+    version = await services.index.get_version(visible(services, caller, task), number)
     check_servable(version, base, "number")
     search = base.engine.neighbours(uuid.uuid4().hex, adapter_of(version), k)
-    found = await while_connected(request.receive, search)
-    document = {"task": version.task, "version": version.number, "method": version.method}
+    try:
+        found = await while_connected(request.receive, search)
+    except RequestError as error:
+        raise naming(error, (version,)) from None
+    document = {"task": id_of(version.task), "version": version.number, "method": version.method}
     return json_response({**document, **_neighbours_json(found, base)})
+
+
+class _BlobResponse(FileResponse):
+    """A blob's file, which its store keeps on this machine until it has been sent."""
+
+    _use: ExitStack
+
+    @classmethod
+    async def of(cls, blob: AbstractContextManager[Path], name: str) -> _BlobResponse:
+        """Raises as opening the blob does."""
+        use = ExitStack()
+        path = await asyncio.to_thread(use.enter_context, blob)
+        response = cls(path, media_type="application/octet-stream", filename=name)
+        response._use = use
+        return response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._use:
+            await super().__call__(scope, receive, send)
 
 
 def _neighbours_json(found: NeighboursFound, base: ServedBase) -> dict[str, Any]:
@@ -172,7 +205,7 @@ def _neighbours_json(found: NeighboursFound, base: ServedBase) -> dict[str, Any]
 def version_json(version: Version, base: ServedBase, *, is_active: bool) -> dict[str, Any]:
     """A version; `servable` says whether it was made for this server's base."""
     return {
-        "task": version.task,
+        "task": id_of(version.task),
         "version": version.number,
         "digest": version.digest,
         "method": version.method,
@@ -191,14 +224,23 @@ def version_json(version: Version, base: ServedBase, *, is_active: bool) -> dict
     }
 
 
-async def _receive(services: Services, task: str, request: Request, *, activate: bool, dry_run: bool) -> Response:
+async def _receive(
+    services: Services,
+    caller: Caller,
+    task: str,
+    request: Request,
+    *,
+    activate: bool,
+    dry_run: bool,
+    task_index: int | None,
+) -> Response:
     check_task_name(services, task)
     base = services.require_base()
-    with services.upload(), services.blobs.staging() as folder:
-        content_type = request.headers.get("content-type", "")
-        await receive_files(content_type, request.stream(), folder, services.settings.max_upload_bytes)
+    async with received(services, request) as folder:
         if dry_run:
             checked = await check_staged(services, folder)
+            names = task_names(services, task, checked.facts, task_index)
+            await check_room(services, caller, task, checked)
             document: dict[str, Any] = {
                 "task": task,
                 "version": None,
@@ -210,10 +252,10 @@ async def _receive(services: Services, task: str, request: Request, *, activate:
                 "warnings": checked.warnings,
                 "dry_run": True,
             }
-            if checked.facts.tasks is not None:
-                document["tasks"] = task_names(services, task, checked.facts)
+            if names != [task]:
+                document["tasks"] = names
             return json_response(document)
-        published = await publish_staged(services, task, folder, activate=activate)
+        published = await publish_staged(services, caller, task, folder, activate=activate, task_index=task_index)
     documents = []
     for version, _ in published:
         is_active = (await services.index.get_task(version.task)).active == version.number

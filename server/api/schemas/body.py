@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from adapters_store import ID_PATTERN
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,7 +50,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, harmless(False)] = None
 
 
-User = Annotated[str, Field(min_length=1, max_length=128)]
+User = Annotated[str, Field(pattern=f"^{ID_PATTERN}$", description="whose customization of the task is applied")]
 Priority = Annotated[int, Field(ge=0, le=9, description="lower starts earlier; left out: 0")]
 
 

@@ -17,7 +17,7 @@ class ScoreBody(Body):
 
     input: str | None = Field(None, description="the prompt itself where the task has no template")
     inputs: dict[str, Any] | None = Field(None, description="named values for the task's template")
-    prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    prompt_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     choices: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="texts, each tokenized by itself and put behind the input as it is: where words begin with a space "

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from server.api.schemas.body import Body, example, harmless
+from server.api.schemas.body import Body, example
 from server.api.schemas.sampling import TaskDefaults
 from server.api.templates import MAX_SOURCE
 
 MAX_DESCRIPTION = 4096
 MAX_LABELS = 64
+
+
+class CustomizationBody(Body):
+    """What users may lay over a task; a field left out: anything."""
+
+    methods: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="names of `GET /v1/methods`")
+    max_virtual_tokens: int | None = Field(None, ge=0)
+    max_parameters: int | None = Field(None, ge=0)
+    max_bytes: int | None = Field(None, ge=0, description="of all files")
 
 
 class TaskBody(Body):
@@ -21,18 +31,35 @@ class TaskBody(Body):
         description="Is a review good or bad?",
         template="Review: {{ input }}\nSentiment:",
         defaults={"max_tokens": 4, "temperature": 0},
+        customization={"methods": ["lora", "prompt_tuning"], "max_virtual_tokens": 32},
     )
 
     description: str | None = Field(None, max_length=MAX_DESCRIPTION)
     template: str | None = Field(None, max_length=MAX_SOURCE, description="Jinja over `input` and `inputs`")
     defaults: TaskDefaults | None = Field(None, description="sampling fields for requests that leave them out")
     labels: dict[str, Annotated[str, Field(max_length=256)]] | None = Field(None, max_length=MAX_LABELS)
+    public: bool | None = Field(None, description="every tenant may use it; the scope `admin` is needed to change this")
+    pinned: bool | None = Field(None, description="the active version's adapter stays loaded")
+    customization: CustomizationBody | None = Field(None, description="what users may lay over it; null: anything")
+
+
+class CanaryBody(Body):
+    """A version that has a share of the requests."""
+
+    version: int = Field(ge=1)
+    percent: float = Field(ge=0, le=100)
 
 
 class TaskPatch(Body):
-    """`PATCH /v1/tasks/{task}`: which version serves."""
+    """`PATCH /v1/tasks/{task}`: which version serves. Either `active_version` or `canary`; a null canary ends it."""
 
-    model_config = example(active_version=1)
+    model_config = example(canary={"version": 2, "percent": 5})
 
     active_version: int | None = Field(None, ge=1)
-    canary: Annotated[Any, harmless()] = Field(None, description="not supported by this server")
+    canary: CanaryBody | None = None
+
+    @model_validator(mode="after")
+    def _one_change(self) -> TaskPatch:
+        if (self.active_version is not None) == ("canary" in self.model_fields_set):
+            raise PydanticCustomError("change", "give either active_version or canary, one change at a time")
+        return self

@@ -87,6 +87,14 @@ SINGLE: dict[str, Any] = {
         PrefixTuningConfig(prefix_length=3, flat=True, use_gating=True),
         SeqBnConfig(reduction_factor=8, use_gating=True),
     ),
+    "union_ungated": ConfigUnion(
+        LoRAConfig(r=4, alpha=6), PrefixTuningConfig(prefix_length=3, flat=True), SeqBnConfig(reduction_factor=8)
+    ),
+    "union_places": ConfigUnion(
+        LoRAConfig(r=2, alpha=3, attn_matrices=["k"], intermediate_lora=True),
+        ParBnConfig(reduction_factor=4, scaling="learned"),
+        DoubleSeqBnConfig(reduction_factor=8, output_adapter=False),
+    ),
     "noreft": NoReftConfig(r=2, prefix_positions=3),
 }
 
@@ -119,6 +127,22 @@ COMPOSED: dict[str, Composition] = {
     ),
     "fusion_parallel": Composition(
         "fuse", (ParBnConfig(reduction_factor=4, scaling=1.0), ParBnConfig(reduction_factor=8, scaling=1.0)), {}
+    ),
+    "fusion_mixed": Composition(
+        "fuse",
+        (
+            DoubleSeqBnConfig(reduction_factor=4, ln_before=True, ln_after=True, non_linearity="gelu"),
+            CompacterConfig(reduction_factor=4, residual_before_ln=False, original_ln_before=True),
+        ),
+        {"key": False, "residual_before": True},
+    ),
+    "fusion_no_original": Composition(
+        "fuse",
+        (
+            SeqBnConfig(reduction_factor=2),
+            SeqBnConfig(reduction_factor=8, original_ln_after=False, residual_before_ln=False),
+        ),
+        {"query": False, "query_before_ln": True, "residual_before": True, "value": False},
     ),
 }
 

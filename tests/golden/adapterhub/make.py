@@ -31,6 +31,7 @@ KEEP_BIN = {"seq_bn_rf4", "prefix"}
 _BIN_TO_SAFE = {
     "pytorch_adapter.bin": "adapter.safetensors",
     "pytorch_model_head.bin": "model_head.safetensors",
+    "pytorch_model_adapter_fusion.bin": "model_adapter_fusion.safetensors",
 }
 
 

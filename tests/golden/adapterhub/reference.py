@@ -28,7 +28,7 @@ from tests.golden.adapterhub.modules import (
 
 HERE = Path(__file__).parent
 Place = Callable[[Tensor, Tensor], Tensor]
-_PLACES = ("attention_adapters", "output_adapters")
+_PLACES = {"attention_adapters": "mh_adapter", "output_adapters": "output_adapter"}  # and what the config says of it
 
 
 def adapted(case: Path) -> Any:
@@ -77,10 +77,12 @@ def _install_other(model: Any, name: str, config: dict[str, Any], tensors: dict[
 def _place(case: Path, adapters: list[tuple[str, list[dict[str, Any]], dict[str, Tensor]]], path: str) -> Place:
     """What the files put at one place of one layer."""
     found = []
+    flag = _PLACES[path.rstrip(".").rsplit(".", 1)[-1]]
     for name, configs, tensors in adapters:
         own = under(tensors, f"{path}adapters.{name}.")
         shared = under(tensors, f"model.shared_parameters.{name}.")
-        found += [Bottleneck(config, own, shared) for config in configs if own and not config.get("architecture")]
+        bottlenecks = [config for config in configs if not config.get("architecture") and config[flag]]
+        found += [Bottleneck(config, own, shared) for config in bottlenecks if own]
     if not found:
         return lambda h, r: h + r
     folder = case / "first,second"

@@ -1,0 +1,111 @@
+"""From a folder of files to a user's customization of a task: checked against the task, stored, in force.
+
+What a task's settings allow is looked at here; whether the adapter fits the base, and can be laid over the task's, is
+the engine's to say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapters_store import (
+    Customization,
+    CustomizationLimits,
+    FeedEvent,
+    NotFound,
+    TaskState,
+    customize_files,
+)
+from adapters_store.records import Mode
+from server.api.adapter_refs import adapter_of
+from server.api.caller import Caller
+from server.api.publish import CheckedUpload, check_staged, facts_of
+from server.api.resolve import check_servable, naming
+from server.api.services import Services
+from server.errors import AdapterError, QuotaError, RequestError
+
+
+async def read_task(services: Services, task: str) -> TaskState:
+    """The task and its active version as the index has them now; `NotFound`. `task` is a scoped name."""
+    [state] = await services.index.read_tasks([task])
+    if state is None:
+        raise NotFound("task", task)
+    return state
+
+
+async def check_customization(
+    services: Services, caller: Caller, user: str, state: TaskState, folder: Path, mode: Mode
+) -> CheckedUpload:
+    """Check the files of a staging folder as a customization; nothing is kept. Raises `RequestError`."""
+    under = None
+    if mode == "compose" and state.active is not None:
+        check_servable(state.active, services.require_base(), "task")
+        under = adapter_of(state.active)
+    try:
+        checked = await check_staged(services, folder, under)
+    except AdapterError as error:
+        raise naming(error, () if state.active is None else (state.active,)) from None
+    if checked.facts.tasks is not None:
+        message = f"this checkpoint holds {checked.facts.tasks} tasks, and a customization is of one"
+        raise AdapterError("unsupported_method", message, "files")
+    if state.task.settings.customization is not None:
+        _check_limits(state.task.settings.customization, checked)
+    try:
+        await services.quotas.check_room(caller, checked.bytes)
+    except QuotaError:
+        held = await services.index.find_customization(user, state.task.name)
+        if held is None or held.digest != checked.digest:
+            raise
+    return checked
+
+
+async def put_customization(
+    services: Services, caller: Caller, user: str, state: TaskState, folder: Path, mode: Mode
+) -> tuple[Customization, CheckedUpload]:
+    """Check the files of a staging folder, which are moved away, and lay them over the task, in place of what the user
+    had there. `user` is a scoped name."""
+    checked = await check_customization(services, caller, user, state, folder, mode)
+    base = services.require_base()
+    customization = await customize_files(
+        services.index,
+        services.blobs,
+        user,
+        state.task.name,
+        folder,
+        facts_of(checked, base),
+        mode=mode,
+        change=caller.change,
+    )
+    services.customizations.forget(user, state.task.name)
+    base.engine.healed([record.sha256 for record in customization.files.values()])
+    return customization, checked
+
+
+async def delete_customization(services: Services, caller: Caller, user: str, task: str) -> None:
+    """Remove it, or raise `NotFound`. Both are scoped names."""
+    await services.index.delete_customization(user, task, change=caller.change)
+    services.customizations.forget(user, task)
+
+
+async def delete_user(services: Services, caller: Caller, user: str) -> None:
+    """Remove all that the user has; a user who has nothing is fine. `user` is a scoped name."""
+    await services.index.delete_user(user, change=caller.change)
+    services.customizations.changed(FeedEvent(id="", kind="user_deleted", user=user))
+
+
+def _check_limits(limits: CustomizationLimits, checked: CheckedUpload) -> None:
+    facts = checked.facts
+    if limits.methods is not None and facts.method not in limits.methods:
+        allowed = ", ".join(limits.methods)
+        raise _over("methods", f"the task lets its users lay {allowed} over it, and this is {facts.method}")
+    for name, limit, found in (
+        ("max_virtual_tokens", limits.max_virtual_tokens, facts.virtual_tokens),
+        ("max_parameters", limits.max_parameters, facts.parameters),
+        ("max_bytes", limits.max_bytes, checked.bytes),
+    ):
+        if limit is not None and found > limit:
+            raise _over(name, f"the task's customizations may have {limit}, and this one has {found}")
+
+
+def _over(limit: str, message: str) -> RequestError:
+    return RequestError("customization_limit", f"{limit}: {message}", limit)

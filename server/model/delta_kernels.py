@@ -1,0 +1,155 @@
+"""The commonest row deltas, each token with its own adapter's rows, read where they lie in the pool.
+
+Compiled, for CPUs, in float32.
+
+torch's operations want the rows of all tokens side by side, and copying them there costs several times what is then
+computed with them. Tokens are taken one after the other by whichever thread is free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from struct import Struct
+from typing import Any
+
+import numba
+import numpy as np
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from server.model.compiled import COMPILED, TorchThreads, floats, integers, take_unit
+from server.model.row_deltas import Blocks, DeltaKind, Kernel, Rows, TokenRows
+
+_FIELDS = (
+    "taken",  # tokens
+    "count",
+    "start",  # the first token, where all are neighbours
+    "tokens",  # this and every other field that is named as a tensor: its address; 0 where all are neighbours
+    "inputs",
+    "input_stride",  # from token to token
+    "input_width",
+    "outputs",
+    "output_stride",
+    "output_width",
+    "pool",
+    "rank",  # rows of a block
+    "index",  # [tokens, rank]: each token's rows in the pool, seen as rows of the first block's width; 0 where all have
+    "first",  # those of one adapter, from this one on
+    "second_index",
+    "second_first",
+)
+_RECORD = Struct(f"{len(_FIELDS)}q")
+_CALL_POINTER = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS])))
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _token(call: Any, unit: int) -> Any:
+    return integers(call.tokens)[unit] if call.tokens != 0 else call.start + unit
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _output(call: Any, unit: int) -> Any:
+    return carray(floats(call.outputs + 4 * _token(call, unit) * call.output_stride), call.output_width)
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _row(call: Any, index: int, first: int, unit: int, rank: int, width: int) -> Any:
+    """One of a token's rows of a block: `[width]`."""
+    row = integers(index)[unit * call.rank + rank] if index != 0 else first + rank
+    return carray(floats(call.pool + 4 * row * width), width)
+
+
+@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+def _scale(pointer: Any) -> None:
+    """y ← y + y ⊙ c."""
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        output = _output(call, unit)
+        change = _row(call, call.index, call.first, unit, 0, call.output_width)
+        for at in range(len(output)):
+            output[at] += output[at] * change[at]
+        unit = take_unit(pointer)
+
+
+@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+def _shift(pointer: Any) -> None:
+    """y ← y + c."""
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        output = _output(call, unit)
+        change = _row(call, call.index, call.first, unit, 0, call.output_width)
+        for at in range(len(output)):
+            output[at] += change[at]
+        unit = take_unit(pointer)
+
+
+@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+def _low_rank(pointer: Any) -> None:
+    """y ← y + Σ (a · x) b, over the rows a and b of the two blocks."""
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        inputs = carray(floats(call.inputs + 4 * _token(call, unit) * call.input_stride), call.input_width)
+        output = _output(call, unit)
+        for rank in range(call.rank):
+            down = _row(call, call.index, call.first, unit, rank, call.input_width)
+            up = _row(call, call.second_index, call.second_first, unit, rank, call.output_width)
+            factor = np.float32(0)
+            for at in range(len(inputs)):
+                factor += down[at] * inputs[at]
+            for at in range(len(output)):
+                output[at] += factor * up[at]
+        unit = take_unit(pointer)
+
+
+_KERNELS = {"scale": _scale, "shift": _shift, "low_rank": _low_rank}
+
+
+class DeltaKernels:
+    """See the module. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where torch has not loaded GNU OpenMP."""
+        self._threads = TorchThreads()
+        self._call = ctypes.create_string_buffer(_RECORD.size)
+        self._address = ctypes.addressof(self._call)
+
+    def of(self, kind: DeltaKind) -> Kernel | None:
+        """The kernel that computes the same as `kind` at a linear module; None where there is none."""
+        return None if kind.compiled is None else partial(self._run, _KERNELS[kind.compiled])
+
+    def _run(self, kernel: Any, inputs: Tensor, outputs: Tensor, tokens: slice | Tensor, blocks: Blocks) -> None:
+        if isinstance(tokens, slice):
+            count, start, chosen = tokens.stop - tokens.start, tokens.start, 0
+        else:
+            count, start, chosen = len(tokens), 0, tokens.data_ptr()
+        if inputs.stride(1) != 1:
+            inputs = inputs.contiguous()
+        first, second = blocks[0], blocks[-1]
+        _RECORD.pack_into(
+            self._call,
+            0,
+            0,
+            count,
+            start,
+            chosen,
+            inputs.data_ptr(),
+            inputs.stride(0),
+            inputs.shape[1],
+            outputs.data_ptr(),
+            outputs.stride(0),
+            outputs.shape[1],
+            first.pool.data_ptr(),
+            first.count,
+            *_place(first),
+            *_place(second),
+        )
+        self._threads.run(kernel, self._address)
+
+
+def _place(rows: Rows | TokenRows) -> tuple[int, int]:
+    """`index` and `first`."""
+    return (0, rows.first) if isinstance(rows, Rows) else (rows.index.data_ptr(), 0)

@@ -1,0 +1,443 @@
+"""Backup and restore: what was there is there again, all of it or nothing; and files and indexes that are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import tarfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_store import (
+    BackupDamaged,
+    Canary,
+    Conflict,
+    CustomizationDirectory,
+    GarbageCollector,
+    LocalBlobs,
+    Quotas,
+    RedisIndex,
+    StoreUnavailable,
+    TaskDirectory,
+    TaskSettings,
+    VersionCorrupt,
+    customize_files,
+    restore_backup,
+    write_backup,
+)
+from adapters_store.api_keys import hash_of
+from adapters_store.records import Change, FileRecord
+from tests.store.samples import FACTS, eventually, publish_text, write_adapter
+
+pytestmark = pytest.mark.anyio
+
+BY = Change("key-a", "r-1")
+NOT_KEPT = ("index_id", "feed", "condemned", "deleting", "garbage_lock", "garbage_pause")
+
+
+@pytest.fixture
+async def empty(redis_url: str, namespace: str) -> AsyncIterator[RedisIndex]:
+    """Another index."""
+    index = await RedisIndex.connect(redis_url, namespace=f"{namespace}-other")
+    yield index
+    await index.close()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> LocalBlobs:
+    return LocalBlobs(tmp_path / "other")
+
+
+async def customize_text(index: RedisIndex, blobs: LocalBlobs, user: str, task: str, text: str) -> None:
+    with blobs.staging() as folder:
+        write_adapter(folder, text)
+        await customize_files(index, blobs, user, task, folder, FACTS, mode="compose", change=BY)
+
+
+async def fill(index: RedisIndex, blobs: LocalBlobs) -> str:
+    """Some of everything; returns the text of an API key."""
+    for text in ("one", "two", "three"):
+        await publish_text(index, blobs, "a", text)
+    await index.set_canary("a", Canary(1, 12.5))
+    await index.put_task("x/b", TaskSettings(description="Größe", public=True, labels={"k": "v"}), change=BY)
+    await publish_text(index, blobs, "x/b", "one")
+    await publish_text(index, blobs, "gone", "gone")
+    await index.delete_task("gone")
+    for user, task in (("u", "a"), ("u", "x/b"), ("x/v", "x/b")):
+        await customize_text(index, blobs, user, task, f"{user} over {task}")
+    await index.touch({"a": 12.5})
+    _, text = await index.api_keys.create("ci", ["publish"], tenant="x", quotas=Quotas(stored_bytes=10**6))
+    revoked, _ = await index.api_keys.create("old", ["admin"])
+    await index.api_keys.revoke(revoked.id)
+    return text
+
+
+async def dump(index: RedisIndex) -> dict[str, Any]:
+    """Every key that is to be kept, as Redis has it."""
+    namespace = index.keys.namespace
+    found: dict[str, Any] = {}
+    reads = {"hash": ["HGETALL"], "zset": ["ZRANGE", "0", "-1", "WITHSCORES"], "list": ["LRANGE", "0", "-1"]}
+    reads["set"] = ["SMEMBERS"]
+    async for key in index.redis.scan_iter(match=f"{namespace}:*"):
+        name = key.removeprefix(f"{namespace}:")
+        if name in NOT_KEPT:
+            continue
+        kind = str(await index.redis.type(key))
+        command, *arguments = reads.get(kind, ["GET"])
+        value = await index.run_raw(command, key, *arguments)
+        found[name] = sorted(value, key=str) if kind == "zset" else value
+    return found
+
+
+def stored(blobs: LocalBlobs) -> set[str]:
+    return {blob.sha256 for blob in blobs.list()}
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Write the archive anew, each member's content as `change(name, content)` has it; None leaves it out."""
+    with tarfile.open(path) as tar:
+        members = [(member.name, content.read()) for member in tar if (content := tar.extractfile(member))]
+    with tarfile.open(path, "w") as tar:
+        for name, original in members:
+            if (changed := change(name, original)) is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(changed)
+                tar.addfile(info, io.BytesIO(changed))
+
+
+async def test_a_restored_index_is_what_was_backed_up(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    text = await fill(index, blobs)
+    saved = await write_backup(index, blobs, tmp_path / "file")
+    old_id = empty.index_id
+    assert await restore_backup(empty, other, tmp_path / "file") == saved
+    assert (saved.tasks, saved.versions, saved.customizations, saved.api_keys) == (2, 4, 3, 1)
+    assert await dump(empty) == await dump(index)
+    assert empty.index_id not in (old_id, index.index_id)
+
+    assert (await empty.get_task("a")).canary == Canary(1, 12.5)
+    found = await empty.find_customization("u", "a")
+    assert found == await index.find_customization("u", "a") is not None
+    assert await empty.usage.stored_bytes("key-a") == await index.usage.stored_bytes("key-a") > 0
+    key = await empty.api_keys.find(hash_of(text))
+    assert key is not None
+    await empty.api_keys.revoke(key.id)
+    version, _ = await publish_text(empty, other, "gone", "again")
+    assert version.number == 2
+    assert (await empty.history("gone", 10))[-1] == (await index.history("gone", 10))[-1]
+    await empty.delete_task("a")
+    await empty.delete_user("x/v")
+    assert await empty.usage.stored_bytes("key-a") == found_bytes(await index.find_customization("u", "x/b"))
+
+
+def found_bytes(customization: Any) -> int:
+    return sum(record.size for record in customization.files.values())
+
+
+async def test_all_named_files_and_no_others_are_in_it(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    await GarbageCollector(index.garbage, blobs, 0).collect()
+    await restore_backup(empty, other, tmp_path / "file")
+    assert stored(other) == stored(blobs)
+    assert (await GarbageCollector(empty.garbage, other, 0).collect()).unnamed == 0
+    for sha256 in stored(blobs):
+        assert other.read(sha256) == blobs.read(sha256)
+    assert (tmp_path / "file").stat().st_mode & 0o077 == 0
+
+
+async def test_more_than_a_page_of_tasks_and_customizations(
+    index: RedisIndex,
+    blobs: LocalBlobs,
+    empty: RedisIndex,
+    other: LocalBlobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adapters_store.backup.PAGE", 3)
+    monkeypatch.setattr("adapters_store.backup_file.BATCH", 500)
+    for number in range(8):
+        await index.put_task(f"t{number}", TaskSettings())
+        await customize_text(index, blobs, f"u{number}", "t0", str(number))
+    await write_backup(index, blobs, tmp_path / "file")
+    await restore_backup(empty, other, tmp_path / "file")
+    assert await dump(empty) == await dump(index)
+
+
+async def test_a_server_on_the_index_serves_what_was_restored(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    directory = TaskDirectory(empty)
+    customizations = CustomizationDirectory(empty, directory)
+    directory.subscribe(customizations)
+    await directory.start()
+    assert await customizations.get("u", "a") is None
+    await restore_backup(empty, other, tmp_path / "file")
+    await eventually(lambda: directory.get("a") is not None)
+    assert directory.seen_by("y", "b") == "x/b"
+    assert await customizations.get("u", "a") is not None
+    await directory.stop()
+
+
+async def test_changes_beside_a_backup_leave_every_version_in_it_whole(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    done = False
+
+    async def churn(number: int) -> None:
+        step = 0
+        while not done:
+            step += 1
+            await publish_text(index, blobs, f"t{number}", f"{number} {step}")
+            await customize_text(index, blobs, f"u{step % 3}", f"t{number}", f"{number} {step} mine")
+            if step % 4 == 0:
+                await index.delete_task(f"t{number}")
+
+    work = asyncio.gather(*(churn(number) for number in range(4)))
+    await asyncio.sleep(0.2)
+    for _ in range(50):
+        with suppress(Conflict):  # a task was deleted while it was read
+            await write_backup(index, blobs, tmp_path / "file")
+            break
+    done = True
+    await work
+    await restore_backup(empty, other, tmp_path / "file")
+    tasks, _ = await empty.list_tasks(10)
+    paid = 0
+    for task in tasks:
+        versions = await empty.list_versions(task.name)
+        assert task.active in [version.number for version in versions]
+        customizations, _ = await empty.scan_customizations(task.name, 10)
+        paid += sum(found_bytes(customization) for customization in customizations)
+        for record in [*versions, *customizations]:
+            for file in record.files.values():
+                other.read(file.sha256)
+    assert await empty.usage.stored_bytes("key-a") == paid
+
+
+async def test_only_into_an_empty_index(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    await empty.put_task("a", TaskSettings())
+    await empty.delete_task("a")  # its numbers stay
+    before = await dump(empty)
+    with pytest.raises(Conflict, match="--data-dir") as refused:
+        await restore_backup(empty, other, tmp_path / "file")
+    assert refused.value.code == "index_not_empty"
+    assert await dump(empty) == before
+    assert stored(other) == set()
+
+
+async def test_a_change_during_a_restore_makes_it_fail_and_stays(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, tmp_path: Path
+) -> None:
+    class Slow(LocalBlobs):
+        def put(self, path: Path) -> FileRecord:
+            asyncio.run_coroutine_threadsafe(empty.put_task("a", TaskSettings()), loop).result()
+            return super().put(path)
+
+    loop = asyncio.get_running_loop()
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    with pytest.raises(Conflict, match="not empty"):
+        await restore_backup(empty, Slow(tmp_path / "other"), tmp_path / "file")
+    assert set(await dump(empty)) == {"schema", "task:a", "tasks", "revisions", "history:a"}
+
+
+async def test_nothing_is_seen_of_a_restore_that_died_and_the_next_one_heals_it(
+    index: RedisIndex,
+    blobs: LocalBlobs,
+    empty: RedisIndex,
+    other: LocalBlobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+
+    async def die(*_: object) -> None:
+        raise StoreUnavailable("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("adapters_store.restore_index.IndexWriter.end", die)
+        removed = 0
+
+        async def leave(writer: object) -> None:
+            nonlocal removed
+            removed += 1
+
+        patched.setattr("adapters_store.restore_index.IndexWriter.remove_leftovers", leave)
+        with pytest.raises(StoreUnavailable):
+            await restore_backup(empty, other, tmp_path / "file")
+    assert removed == 2
+    assert await empty.list_tasks(10) == ([], False)
+    assert await empty.find_customization("u", "a") is None
+    assert await empty.api_keys.find(hash_of(text)) is None
+    assert await empty.history("a", 10) == []
+    assert len(await dump(empty)) > 10
+    await restore_backup(empty, other, tmp_path / "file")
+    assert await dump(empty) == await dump(index)
+
+
+async def test_a_restore_that_fails_removes_what_it_wrote(
+    index: RedisIndex,
+    blobs: LocalBlobs,
+    empty: RedisIndex,
+    other: LocalBlobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    monkeypatch.setattr("adapters_store.restore_index.IndexWriter.end", fail)
+    with pytest.raises(StoreUnavailable):
+        await restore_backup(empty, other, tmp_path / "file")
+    assert set(await dump(empty)) == {"schema"}
+
+
+@pytest.mark.parametrize("part", ["medley-backup.json", "index/", "blobs/", "end.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+async def test_a_damaged_file_is_refused_and_nothing_is_restored(
+    part: str, damage: str, index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    path = tmp_path / "file"
+    await write_backup(index, blobs, path)
+    first = True
+
+    def change(name: str, content: bytes) -> bytes | None:
+        nonlocal first
+        if not first or not name.startswith(part):
+            return content
+        first = False
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        return None if damage == "missing" else flipped
+
+    rewrite(path, change)
+    assert not first
+    with pytest.raises(BackupDamaged, match=str(path)):
+        await restore_backup(empty, other, path)
+    assert set(await dump(empty)) == {"schema"}
+
+
+async def test_a_cut_file_and_one_that_is_no_backup_are_refused(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    path = tmp_path / "file"
+    await write_backup(index, blobs, path)
+    whole = path.read_bytes()
+    for length in (0, 100, 700, 3000, len(whole) // 2, len(whole) - 15_000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BackupDamaged, match=str(path)):
+            await restore_backup(empty, other, path)
+    path.write_bytes(b"no archive" * 1000)
+    with pytest.raises(BackupDamaged, match="no backup"):
+        await restore_backup(empty, other, path)
+    assert set(await dump(empty)) == {"schema"}
+
+
+@pytest.mark.parametrize(("field", "word"), [("format", "format 9"), ("schema", "layout 9")])
+async def test_a_backup_of_another_release_is_refused(
+    field: str, word: str, index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    path = tmp_path / "file"
+    await write_backup(index, blobs, path)
+    header = {"format": b'{"format":9,"schema":"2","created":1}', "schema": b'{"format":1,"schema":"9","created":1}'}
+    rewrite(path, lambda name, content: header[field] if name == "medley-backup.json" else content)
+    with pytest.raises(BackupDamaged, match=word):
+        await restore_backup(empty, other, path)
+
+
+async def test_a_missing_blob_is_named_and_no_file_is_left(
+    index: RedisIndex, blobs: LocalBlobs, tmp_path: Path
+) -> None:
+    version, _ = await publish_text(index, blobs, "t", "a")
+    sha256 = version.files["adapter_config.json"].sha256
+    blobs.delete(sha256)
+    with pytest.raises(VersionCorrupt, match=sha256):
+        await write_backup(index, blobs, tmp_path / "file")
+    assert not [name for name in os.listdir(tmp_path) if "file" in name]
+
+
+async def test_a_file_that_garbage_collection_took_meanwhile_says_run_again(
+    index: RedisIndex, blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapters_store import backup
+
+    await publish_text(index, blobs, "t", "a")
+    add = backup._add_blob
+
+    async def collect_first(*arguments: Any) -> None:
+        if await index.count_tasks():
+            await index.delete_task("t")
+            await GarbageCollector(index.garbage, blobs, 0).collect()
+        await add(*arguments)
+
+    monkeypatch.setattr(backup, "_add_blob", collect_first)
+    with pytest.raises(Conflict, match="run it again") as changed:
+        await write_backup(index, blobs, tmp_path / "file")
+    assert changed.value.code == "changed_meanwhile"
+    assert not [name for name in os.listdir(tmp_path) if "file" in name]
+
+
+async def test_a_file_that_exists_is_not_replaced(index: RedisIndex, blobs: LocalBlobs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(FileExistsError):
+        await write_backup(index, blobs, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+async def test_garbage_is_not_collected_during_a_restore(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    collector = GarbageCollector(empty.garbage, other, 0)
+
+    class Slow(LocalBlobs):
+        def put(self, path: Path) -> FileRecord:
+            record = super().put(path)
+            with pytest.raises(Conflict, match="collecting garbage"):
+                asyncio.run_coroutine_threadsafe(collector.collect(), loop).result()
+            return record
+
+    loop = asyncio.get_running_loop()
+    await restore_backup(empty, Slow(tmp_path / "other"), tmp_path / "file")
+    assert (await collector.collect()).unnamed == 0
+    async with empty.garbage.turn():
+        with pytest.raises(Conflict, match="garbage"):
+            await restore_backup(empty, other, tmp_path / "file")
+
+
+async def test_blobs_that_a_dead_collector_may_yet_lose_are_not_named(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    sha256 = min(stored(blobs))
+    await empty.garbage.condemn([sha256])
+    await empty.garbage.claim([sha256])
+    with pytest.raises(Conflict, match="run the restore again") as refused:
+        await restore_backup(empty, other, tmp_path / "file")
+    assert refused.value.code == "blobs_deleting"
+    assert await empty.count_tasks() == 0
+    await empty.garbage.deleted([sha256])
+    await restore_backup(empty, other, tmp_path / "file")
