@@ -4,14 +4,12 @@ It knows no torch and nothing of the server. `publish_files` writes, `TaskDirect
 `RedisIndex` is everything else; `PrivateRedis` runs a Redis where none is given.
 """
 
-from adapters_store.api_key_directory import ApiKeyDirectory
-from adapters_store.api_keys import KEY_SCOPES, ApiKey, ApiKeys, KeyScope, Quotas
-from adapters_store.backup import write_backup
-from adapters_store.backup_file import Totals as BackupTotals
-from adapters_store.blobs import BlobStore, LocalBlobs, StoredBlob
-from adapters_store.customizations import CustomizationDirectory
+from adapters_store.backup.backup import write_backup
+from adapters_store.backup.file import Totals as BackupTotals
+from adapters_store.backup.restore import restore_backup
+from adapters_store.blobs.local import BlobStore, LocalBlobs, StoredBlob
+from adapters_store.blobs.opening import blobs_url, open_blobs
 from adapters_store.data_folder import DataFolder
-from adapters_store.directory import TaskDirectory
 from adapters_store.errors import (
     BackupDamaged,
     BucketRefused,
@@ -25,11 +23,15 @@ from adapters_store.errors import (
     StoreUnavailable,
     VersionCorrupt,
 )
-from adapters_store.feed import FeedEvent, FeedListener
 from adapters_store.garbage import GarbageCollector, GarbageReport
 from adapters_store.identity import ADAPTER_FILES, adapter_digest
-from adapters_store.index import RedisIndex
-from adapters_store.open_blobs import blobs_url, open_blobs
+from adapters_store.index.api_keys import KEY_SCOPES, ApiKey, ApiKeys, KeyScope, Quotas
+from adapters_store.index.feed import FeedEvent, FeedListener
+from adapters_store.index.index import RedisIndex
+from adapters_store.index.usage import LEASE_SECONDS, LocalUsage, SharedUsage, Usage
+from adapters_store.mirror.api_keys import ApiKeyDirectory
+from adapters_store.mirror.customizations import CustomizationDirectory
+from adapters_store.mirror.directory import TaskDirectory
 from adapters_store.parent_death import signalled_at_parent_death
 from adapters_store.private_redis import PrivateRedis
 from adapters_store.publish import NewVersionFacts, customize_files, publish_files
@@ -49,9 +51,7 @@ from adapters_store.records import (
     TaskState,
     Version,
 )
-from adapters_store.restore import restore_backup
 from adapters_store.scope import id_of, scoped, tenant_of
-from adapters_store.usage import LEASE_SECONDS, LocalUsage, SharedUsage, Usage
 
 __all__ = [
     "ADAPTER_FILES",

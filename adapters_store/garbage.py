@@ -16,9 +16,9 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
-from adapters_store.blobs import BlobStore
+from adapters_store.blobs.local import BlobStore
 from adapters_store.errors import StoreError, StoreUnavailable
-from adapters_store.garbage_index import GarbageIndex
+from adapters_store.index.garbage import GarbageIndex
 
 INTERVAL = 3600
 """Seconds from one collection to the next, whichever of the servers on the index does it."""

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import msgspec
 
-from adapters_store.blobs import BlobStore
+from adapters_store.blobs.local import BlobStore
 from adapters_store.errors import Conflict, StoreUnavailable
 from adapters_store.identity import adapter_digest
-from adapters_store.index import RedisIndex
+from adapters_store.index.index import RedisIndex
 from adapters_store.records import (
     BY_NOBODY,
     Change,

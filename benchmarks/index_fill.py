@@ -19,9 +19,9 @@ import msgspec
 from redis import Redis
 
 from adapters_store import FileRecord, NewCustomization, NewVersion, RedisIndex, adapter_digest
-from adapters_store.packed import pack
+from adapters_store.index.packed import pack
+from adapters_store.index.stored import content_of
 from adapters_store.records import Change
-from adapters_store.stored import content_of
 
 LISTED = 100
 """Tasks that each of some users customized, and the length of a page."""
@@ -32,7 +32,7 @@ _NAMES = ("adapter_config.json", "adapter_model.safetensors", "medley.json")
 _FILE = 81_920
 _SIZE = len(_NAMES) * _FILE
 _FINGERPRINT = hashlib.sha256(b"base").hexdigest()
-_HEADER = struct.Struct("<IHHdIQ")  # see adapters_store.packed
+_HEADER = struct.Struct("<IHHdIQ")  # see adapters_store.index.packed
 
 
 @dataclass(frozen=True)

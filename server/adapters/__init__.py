@@ -1,9 +1,9 @@
-"""Adapters: one file per method that reads its checkpoint, and the bank of those that are resident.
+"""Adapters: what is read from their files, and the bank of those that are resident.
 
-checkpoint   a PEFT folder as config and tensors, nothing trusted
+checkpoint   a folder as config and tensors, nothing trusted
 method       what a method is, and what it makes of a checkpoint: a prefix, row deltas, or both
-methods      the table of methods
-<method>     one file each
+methods/     one file per method, and their table
+adapterhub/  the methods of AdapterHub's formats
 deltas       the row deltas that methods share
 pool         the device memory of all adapters, as rows that are picked out by index
 resident     an adapter in the pool: its layout and its place
@@ -16,7 +16,7 @@ stacks       which adapters can be laid over one another
 from server.adapters.bank import Bank
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.method import Adapter, EmbeddingPrefix, KeyValuePrefix, MethodFacts, Prefix, TokenPrefix
-from server.adapters.methods import METHODS, read_adapter
+from server.adapters.methods.table import METHODS, read_adapter
 from server.adapters.pool import RowPool
 from server.adapters.resident import Resident
 from server.adapters.stacks import why_no_stack

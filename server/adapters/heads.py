@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from server.adapters.bottleneck_kind import ACTIVATIONS
+from server.adapters.adapterhub.bottleneck_kind import ACTIVATIONS
 from server.adapters.checkpoint import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, Checkpoint
 from server.errors import AdapterError
 from server.model import BaseShape

@@ -5,7 +5,8 @@
     {"token_ids": […]}    of a text prompt: its text, by the base's tokenizer as it is today
     {"task_index": k}     of a checkpoint that holds several tasks: which of them this version is
 
-The engine reads it and knows no text. What a text prompt's config holds is described in `server.adapters.text_prompt`.
+The engine reads it and knows no text. What a text prompt's config holds:
+`server.adapters.methods.text_prompt`.
 """
 
 from __future__ import annotations

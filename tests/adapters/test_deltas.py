@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.adapters import Checkpoint, read_adapter, sparse
-from server.adapters.adaption_prompt import ExtraAttention
-from server.adapters.bottleneck_kind import Flags, Network
+from server.adapters import Checkpoint, read_adapter
+from server.adapters.adapterhub.bottleneck_kind import Flags, Network
+from server.adapters.adapterhub.fusion_kind import FusionWeights, fusion
 from server.adapters.deltas import input_scale, low_rank, norm_scale, output_scale, token_shift
-from server.adapters.fusion_kind import FusionWeights, fusion
-from server.adapters.residual_attention import ResidualAttention
-from server.adapters.top_layers import Dense
+from server.adapters.methods import sparse
+from server.adapters.methods.adaption_prompt import ExtraAttention
+from server.adapters.methods.residual_attention import ResidualAttention
+from server.adapters.methods.top_layers import Dense
 from server.model import BaseShape, LayerShape, NormForm, RowDelta, SiteShape
 
 IN, OUT = 7, 5

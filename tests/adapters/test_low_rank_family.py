@@ -12,9 +12,9 @@ from torch import Tensor
 
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.adapters.deltas import in_turn, kronecker, low_rank, output_scale, shift
-from server.adapters.miss import SummedShards
+from server.adapters.methods.miss import SummedShards
+from server.adapters.methods.vera import Projected
 from server.adapters.shared import shared_bytes, shared_matrices
-from server.adapters.vera import Projected
 from server.errors import AdapterError
 from server.model import BaseShape, LayerShape, RowDelta
 from server.model.sites import SiteShape

@@ -14,9 +14,9 @@ from torch import Tensor
 from server.adapters import Adapter, Bank, RowPool
 from server.adapters.deltas import shift
 from server.adapters.loads import AdapterKey
+from server.adapters.methods.vera import Projected
 from server.adapters.shared import SharedMatrices, shared_matrices
 from server.adapters.tickets import Ticket
-from server.adapters.vera import Projected
 from server.model import RowDelta
 
 CPU = torch.device("cpu")

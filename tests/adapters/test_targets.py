@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from server.adapters import Checkpoint
-from server.adapters.ia3 import _scales_input
+from server.adapters.methods.ia3 import _scales_input
 from server.adapters.targets import pattern_value, targeted_sites
 from server.errors import AdapterError
 from server.model import BaseShape, LayerShape

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from server.adapters import Adapter, EmbeddingPrefix, Resident, RowPool
 from server.adapters.deltas import input_scale, low_rank, output_scale
+from server.adapters.methods.top_layers import Dense
 from server.adapters.resident import Loaded
-from server.adapters.top_layers import Dense
 from server.engine.batch import BatchBuilder, StepBatch
 from server.engine.packing import MANY_TOKENS
 from server.engine.prefixes import PrefixRun, Span

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from server.adapters import METHODS, Checkpoint, multitask_prompt, read_adapter
+from server.adapters import METHODS, Checkpoint, read_adapter
+from server.adapters.methods import multitask_prompt
 from server.model import FrozenBase
 from tests.harness import greedy, make_engine, request, run
 from tests.reference.adapters import configs, save_adapter

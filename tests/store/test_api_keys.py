@@ -19,8 +19,8 @@ from adapters_store import (
     TaskDirectory,
     Usage,
 )
-from adapters_store.directory import FEED_WAIT
-from adapters_store.feed import FeedEvent
+from adapters_store.index.feed import FeedEvent
+from adapters_store.mirror.directory import FEED_WAIT
 from tests.store.samples import eventually
 
 pytestmark = pytest.mark.anyio
@@ -102,7 +102,7 @@ async def test_a_key_revoked_while_it_was_read_is_not_kept(index: RedisIndex, mo
 
 
 async def test_the_most_used_keys_are_kept(index: RedisIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters_store.api_key_directory.MOST_KEPT", 2)
+    monkeypatch.setattr("adapters_store.mirror.api_keys.MOST_KEPT", 2)
     known = ApiKeyDirectory(index.api_keys)
     texts = [(await index.api_keys.create(str(number), ["invoke"]))[1] for number in range(3)]
     for text in (texts[0], texts[1], texts[0], texts[2]):
@@ -180,7 +180,7 @@ async def test_as_many_requests_run_as_have_leases(usage: Usage) -> None:
 
 async def test_leases_that_nobody_renews_end(index: RedisIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     assert LEASE_SECONDS >= 3
-    monkeypatch.setattr("adapters_store.usage.LEASE_SECONDS", 1)
+    monkeypatch.setattr("adapters_store.index.usage.LEASE_SECONDS", 1)
     usage = index.usage
     for name in "ab":
         assert await usage.lease("k", name, 2) is None

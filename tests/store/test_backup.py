@@ -30,7 +30,7 @@ from adapters_store import (
     restore_backup,
     write_backup,
 )
-from adapters_store.api_keys import hash_of
+from adapters_store.index.api_keys import hash_of
 from adapters_store.records import Change, FileRecord
 from tests.store.samples import FACTS, eventually, publish_text, write_adapter
 
@@ -162,8 +162,8 @@ async def test_more_than_a_page_of_tasks_and_customizations(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adapters_store.backup.PAGE", 3)
-    monkeypatch.setattr("adapters_store.backup_file.BATCH", 500)
+    monkeypatch.setattr("adapters_store.backup.backup.PAGE", 3)
+    monkeypatch.setattr("adapters_store.backup.file.BATCH", 500)
     for number in range(8):
         await index.put_task(f"t{number}", TaskSettings())
         await customize_text(index, blobs, f"u{number}", "t0", str(number))
@@ -271,14 +271,14 @@ async def test_nothing_is_seen_of_a_restore_that_died_and_the_next_one_heals_it(
         raise StoreUnavailable("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("adapters_store.restore_index.IndexWriter.end", die)
+        patched.setattr("adapters_store.backup.restore_index.IndexWriter.end", die)
         removed = 0
 
         async def leave(writer: object) -> None:
             nonlocal removed
             removed += 1
 
-        patched.setattr("adapters_store.restore_index.IndexWriter.remove_leftovers", leave)
+        patched.setattr("adapters_store.backup.restore_index.IndexWriter.remove_leftovers", leave)
         with pytest.raises(StoreUnavailable):
             await restore_backup(empty, other, tmp_path / "file")
     assert removed == 2
@@ -304,7 +304,7 @@ async def test_a_restore_that_fails_removes_what_it_wrote(
 
     await fill(index, blobs)
     await write_backup(index, blobs, tmp_path / "file")
-    monkeypatch.setattr("adapters_store.restore_index.IndexWriter.end", fail)
+    monkeypatch.setattr("adapters_store.backup.restore_index.IndexWriter.end", fail)
     with pytest.raises(StoreUnavailable):
         await restore_backup(empty, other, tmp_path / "file")
     assert set(await dump(empty)) == {"schema"}
@@ -380,7 +380,7 @@ async def test_a_missing_blob_is_named_and_no_file_is_left(
 async def test_a_file_that_garbage_collection_took_meanwhile_says_run_again(
     index: RedisIndex, blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapters_store import backup
+    from adapters_store.backup import backup
 
     await publish_text(index, blobs, "t", "a")
     add = backup._add_blob

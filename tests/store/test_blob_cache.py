@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.blob_cache import BlobCache
+from adapters_store.blobs.cache import BlobCache
 
 SIZE = 1000  # of each blob of these tests
 CAPACITY = 10 * SIZE
@@ -97,7 +97,7 @@ def test_what_is_in_use_never_leaves(cache: BlobCache, folder: Path, ages: Itera
             path = uses.enter_context(cache.file(name(1)))
         else:
             hold = (
-                "import pathlib, sys; from adapters_store.blob_cache import BlobCache\n"
+                "import pathlib, sys; from adapters_store.blobs.cache import BlobCache\n"
                 f"with BlobCache(pathlib.Path(sys.argv[1]), {CAPACITY}).file(sys.argv[2]) as path:\n"
                 "    print(path, flush=True); sys.stdin.read()"
             )

@@ -66,7 +66,7 @@ def test_staged_files_go_when_the_upload_ends_or_fails(blobs: LocalBlobs, tmp_pa
 
 def test_a_sweep_removes_what_killed_processes_left_and_nothing_in_use(blobs: LocalBlobs, tmp_path: Path) -> None:
     die = (
-        "import os, pathlib, signal, sys; from adapters_store.blobs import LocalBlobs\n"
+        "import os, pathlib, signal, sys; from adapters_store.blobs.local import LocalBlobs\n"
         "with LocalBlobs(pathlib.Path(sys.argv[1])).staging() as folder:\n"
         "    (folder / 'file').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )

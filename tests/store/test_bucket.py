@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from adapters_store import StoreFull, StoreUnavailable, VersionCorrupt
-from adapters_store.blobs import LocalBlobs, StoredBlob
-from adapters_store.bucket import BucketBlobs
+from adapters_store.blobs.bucket import BucketBlobs
+from adapters_store.blobs.local import LocalBlobs, StoredBlob
+from adapters_store.blobs.opening import blobs_url, open_blobs
 from adapters_store.errors import BucketRefused
-from adapters_store.open_blobs import blobs_url, open_blobs
 from adapters_store.records import FileRecord
 from tests.bucket_server import BucketServer, bucket_server, use
 
@@ -155,8 +155,8 @@ def test_a_bucket_that_is_away_is_unavailable_while_copies_are_read(
 def test_a_bucket_that_says_nothing_is_unavailable_after_a_bounded_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("adapters_store.bucket.SILENCE_TIMEOUT", timedelta(milliseconds=100))
-    monkeypatch.setattr("adapters_store.bucket.RETRY_TIMEOUT", timedelta(milliseconds=10))
+    monkeypatch.setattr("adapters_store.blobs.bucket.SILENCE_TIMEOUT", timedelta(milliseconds=100))
+    monkeypatch.setattr("adapters_store.blobs.bucket.RETRY_TIMEOUT", timedelta(milliseconds=10))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
             monkeypatch.setenv(name, value)

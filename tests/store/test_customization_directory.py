@@ -160,7 +160,7 @@ async def test_a_lost_feed_makes_it_forget_everything(
 async def test_it_holds_a_bounded_number_and_forgets_what_was_asked_for_longest_ago(
     counting: CountingIndex, known: CustomizationDirectory, tasks: TaskDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.customizations.HELD", 2)
+    monkeypatch.setattr("adapters_store.mirror.customizations.HELD", 2)
     for user in ("a", "b", "a", "c"):  # b is now the one that was asked for longest ago
         await known.get(user, "t")
     counting.reads.clear()

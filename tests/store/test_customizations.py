@@ -10,8 +10,8 @@ from redis import Redis
 
 from adapters_store import Conflict, NotFound, RedisIndex, TaskSettings
 from adapters_store.identity import ADAPTER_FILES, adapter_digest
-from adapters_store.keys import Keys
-from adapters_store.packed import FILE_NAMES, blobs_of, pack, paid_by, unpack
+from adapters_store.index.keys import Keys
+from adapters_store.index.packed import FILE_NAMES, blobs_of, pack, paid_by, unpack
 from adapters_store.records import Customization, FileRecord, NewCustomization
 from tests.store.samples import new_customization, new_version
 
@@ -90,7 +90,7 @@ async def test_a_deleted_one_is_gone_and_cannot_be_deleted_again(index: RedisInd
 async def test_deleting_a_user_takes_all_of_theirs_and_nobody_elses(
     index: RedisIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.index_customizations._DELETED_AT_ONCE", 2)
+    monkeypatch.setattr("adapters_store.index.customizations._DELETED_AT_ONCE", 2)
     for i in range(5):
         await index.put_task(f"t{i}", TaskSettings())
         for user in ("u", "v"):

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 from redis import Redis
 
-from adapters_store import Conflict, NotFound, PrivateRedis, RedisIndex, StoreUnavailable, TaskDirectory, directory
+from adapters_store import Conflict, NotFound, PrivateRedis, RedisIndex, StoreUnavailable, TaskDirectory
+from adapters_store.mirror import directory
 from adapters_store.records import TaskSettings
 from tests.store.samples import eventually, new_version
 
@@ -33,7 +34,7 @@ def active(tasks: TaskDirectory, name: str) -> int | None:
 async def test_it_loads_every_task_also_over_several_pages(
     index: RedisIndex, directory: TaskDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.directory.PAGE", 3)
+    monkeypatch.setattr("adapters_store.mirror.directory.PAGE", 3)
     names = [f"t{i}" for i in range(7)]
     for name in names:
         await index.publish(name, new_version(name), activate=True)
@@ -182,14 +183,14 @@ async def test_another_index_id_alone_makes_it_read_everything(own_redis: Privat
 async def test_more_changes_than_one_batch_are_all_followed(
     index: RedisIndex, directory: TaskDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.feed.BATCH", 2)
+    monkeypatch.setattr("adapters_store.index.feed.BATCH", 2)
     for i in range(9):
         await index.publish(f"t{i}", new_version("a"), activate=True)
     await eventually(lambda: all(active(directory, f"t{i}") == 1 for i in range(9)))
 
 
 def test_the_feed_is_waited_for_less_long_than_a_call_may_take() -> None:
-    from adapters_store import connection
+    from adapters_store.index import connection
 
     assert directory.FEED_WAIT < connection.CALL_TIMEOUT
 

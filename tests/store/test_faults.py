@@ -23,8 +23,8 @@ ENDLESS_SCRIPT = "while redis.call('EXISTS', KEYS[1]) == 0 do end"  # but for SC
 async def test_a_redis_that_does_not_answer_is_unavailable_and_followed_again_when_it_does(
     own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.connection.CALL_TIMEOUT", 0.3)
-    monkeypatch.setattr("adapters_store.directory.FEED_WAIT", 0.1)
+    monkeypatch.setattr("adapters_store.index.connection.CALL_TIMEOUT", 0.3)
+    monkeypatch.setattr("adapters_store.mirror.directory.FEED_WAIT", 0.1)
     index = await RedisIndex.connect(own_redis.url)
     tasks = TaskDirectory(index)
     await tasks.start()
@@ -51,8 +51,8 @@ async def test_a_redis_that_does_not_answer_is_unavailable_and_followed_again_wh
 async def test_a_redis_busy_with_a_script_is_unavailable_and_followed_again_when_it_ends(
     own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.connection.CALL_TIMEOUT", 0.3)
-    monkeypatch.setattr("adapters_store.directory.FEED_WAIT", 0.1)
+    monkeypatch.setattr("adapters_store.index.connection.CALL_TIMEOUT", 0.3)
+    monkeypatch.setattr("adapters_store.mirror.directory.FEED_WAIT", 0.1)
     index = await RedisIndex.connect(own_redis.url)
     tasks = TaskDirectory(index)
     await tasks.start()
@@ -96,7 +96,7 @@ async def test_a_feed_without_any_entry_is_begun_anew_and_followed(
 async def test_a_directory_remembers_a_bounded_number_of_old_versions(
     index: RedisIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters_store.directory.REMEMBERED", 2)
+    monkeypatch.setattr("adapters_store.mirror.directory.REMEMBERED", 2)
     for text in "abcd":
         await index.publish("t", new_version(text), activate=True)
     directory = TaskDirectory(index)

@@ -1,0 +1,1 @@
+"""The bytes of all versions: content-addressed files in a folder or a bucket."""

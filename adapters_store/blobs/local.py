@@ -1,0 +1,161 @@
+"""Content-addressed files: a blob's name is the sha256 of its bytes, so a blob never changes.
+
+`BlobStore` is what readers, publishers and the garbage collector need; `LocalBlobs` keeps blobs in a folder that
+several servers may share. All calls are synchronous IO: an asyncio caller puts them on a thread. Who still needs a
+blob is not known here.
+
+    <folder>/blobs/ab/abcdef…     a blob, complete whenever this name exists
+    <folder>/staging/             see `staging`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from adapters_store.blobs.staging import Staging, full_disk_named, place, sync
+from adapters_store.errors import VersionCorrupt
+from adapters_store.records import FileRecord
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class StoredBlob(NamedTuple):
+    """A blob as a listing shows it, unverified; `size` in bytes."""
+
+    sha256: str
+    size: int
+
+
+class BlobStore(Protocol):
+    """Where the bytes of all versions are. Any call may raise `StoreUnavailable` where that is not this machine."""
+
+    def check(self) -> None:
+        """Return if the store answers; `BucketRefused` where only an operator can mend that it does not."""
+
+    def read(self, sha256: str) -> bytes:
+        """The blob's bytes, verified; `VersionCorrupt` where it is absent or its content does not match."""
+
+    def file(self, sha256: str) -> AbstractContextManager[Path]:
+        """The blob as a verified file of this machine, which stays while the context is open; fails as `read` does."""
+
+    def put(self, path: Path) -> FileRecord:
+        """Keep the content of a finished file of `staging()`; on return it is durable.
+
+        The file itself stays until its upload ends. What stands under that content's name already is healed by it.
+        """
+
+    def exists(self, sha256: str) -> bool:
+        """Whether there is such a blob (unverified)."""
+
+    def delete(self, *sha256: str) -> None:
+        """Forget blobs; those that are absent are fine."""
+
+    def list(self) -> Iterator[StoredBlob]:
+        """All blobs, in no order; one that is put or deleted meanwhile may or may not be among them."""
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A fresh private folder for the files of one upload; it and what is left in it are removed at the end."""
+
+    def sweep(self) -> int:
+        """Remove what uploads of killed processes left; the number of such uploads."""
+
+
+class LocalBlobs:
+    """A `BlobStore` in `folder`, which is made if absent. Raises `StoreFull` when the file system has no room."""
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / "blobs"
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._staging = Staging(folder / "staging")
+        sync(folder)
+
+    def path(self, sha256: str) -> Path:
+        """The file of a blob, whether or not it exists."""
+        return self._blobs / sha256[:2] / sha256
+
+    def check(self) -> None:
+        """A folder that this process has made is there."""
+
+    def read(self, sha256: str) -> bytes:
+        """The blob's bytes; `VersionCorrupt` where it is absent or its content does not match its name."""
+        with self._open(sha256) as file:
+            content = file.read()
+        verify(sha256, hashlib.sha256(content).hexdigest())
+        return content
+
+    @contextmanager
+    def file(self, sha256: str) -> Iterator[Path]:
+        """The blob's own file, verified; `VersionCorrupt` as for `read`."""
+        with self._open(sha256) as file:
+            verify(sha256, hashlib.file_digest(file, "sha256").hexdigest())
+        yield self.path(sha256)
+
+    def exists(self, sha256: str) -> bool:
+        """Whether there is such a file (unverified)."""
+        return self.path(sha256).is_file()
+
+    def delete(self, *sha256: str) -> None:
+        """Remove blobs; those that are absent are fine."""
+        for name in sha256:
+            self.path(name).unlink(missing_ok=True)
+
+    def list(self) -> Iterator[StoredBlob]:
+        """All blobs of the folder; other files in it are none."""
+        for folder in self._blobs.iterdir():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_sha256(entry.name):
+                        yield StoredBlob(entry.name, entry.stat().st_size)
+
+    def put(self, path: Path) -> FileRecord:
+        """Keep a finished file of `staging()` under its address and make it durable.
+
+        An existing blob of that name is replaced in one atomic step: the content is the same, or is healed by it.
+        """
+        with full_disk_named(), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = os.fstat(file.fileno()).st_size
+            os.fsync(file.fileno())
+            target = self.path(sha256)
+            target.parent.mkdir(exist_ok=True)
+            sync(self._blobs)  # even if the folder was there: whoever made it may have died before this
+            place(path, target)
+            sync(target.parent)
+        return FileRecord(sha256, size)
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A fresh private folder; a full disk while it is in use is raised as `StoreFull`."""
+        return self._staging.fresh()
+
+    def sweep(self) -> int:
+        """Remove the staging folders whose owner is dead; those of living processes stay."""
+        return self._staging.sweep()
+
+    def _open(self, sha256: str) -> BufferedReader:
+        try:
+            return self.path(sha256).open("rb")
+        except FileNotFoundError:
+            raise missing(sha256) from None
+
+
+def is_sha256(name: str) -> bool:
+    """Whether a file's name can be a blob's."""
+    return _SHA256.fullmatch(name) is not None
+
+
+def verify(sha256: str, found: str) -> None:
+    """`VersionCorrupt` unless the content has the sha256 that it is named by."""
+    if found != sha256:
+        raise VersionCorrupt(sha256, f"blob {sha256} was altered in the blob store: its content has another sha256")
+
+
+def missing(sha256: str) -> VersionCorrupt:
+    """The error for a blob that is not there."""
+    return VersionCorrupt(sha256, f"blob {sha256} is missing from the blob store")

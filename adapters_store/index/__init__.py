@@ -1,0 +1,1 @@
+"""The index in Redis: tasks, versions, customizations, API keys; each change is one Lua script."""

@@ -1,0 +1,57 @@
+"""The index's Lua scripts, and how they are run. It knows nothing of what they mean.
+
+Each `NAME.lua` beside this file is one atomic step. `change_common.lua` stands before each of them; a script that
+changes something gets three more arguments than its caller names: the feed's length, the actor, the request id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.client import NEVER_DECODE
+from redis.commands.core import AsyncScript
+
+from adapters_store.index.connection import redis_errors
+from adapters_store.index.feed import FEED_LENGTH
+from adapters_store.index.keys import Keys
+from adapters_store.records import Change
+
+
+class Scripted:
+    """A part of the store that runs scripts on the Redis and keys that it is given."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis = redis
+        self.keys = keys
+        self._scripts: dict[str, AsyncScript] = {}
+
+    async def run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """What `script`.lua answers. Raises as `redis_errors` does."""
+        if script not in self._scripts:
+            self._scripts[script] = self.redis.register_script(_text_of(script))
+        with redis_errors():
+            return await self._scripts[script](keys=keys, args=arguments)
+
+    async def run_change(self, script: str, keys: list[str], arguments: list[Any], change: Change) -> Any:
+        """As `run`, for a script that announces or records what it changes."""
+        return await self.run(script, keys, [*arguments, FEED_LENGTH, change.actor, change.request_id])
+
+    async def run_raw(self, *command: str | int) -> Any:
+        """What a single Redis command answers, with bytes in place of texts: packed records are none."""
+        execute: Callable[..., Awaitable[Any]] = self.redis.execute_command
+        with redis_errors():
+            return await execute(*command, **{NEVER_DECODE: True})
+
+    def _of_bills(self, task: str) -> list[str]:
+        """The last keys of a script that changes what versions count for an API key."""
+        return [self.keys.stored_bytes, self.keys.paid(task), self.keys.bills(task)]
+
+
+@cache
+def _text_of(script: str) -> str:
+    folder = resources.files("adapters_store.index").joinpath("lua")
+    return folder.joinpath("change_common.lua").read_text() + folder.joinpath(f"{script}.lua").read_text()

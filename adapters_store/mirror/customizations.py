@@ -1,0 +1,101 @@
+"""A server's memory of customizations: which user has which, and who has none, for requests that ask at once.
+
+A pair of user and task is read from the index when a request first asks for it, and held until the change feed says
+that it changed; the ones asked for longest ago leave first. It never takes a task alone for the answer: what cannot be
+known while Redis is away is an error.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Protocol
+
+from adapters_store.errors import StoreUnavailable
+from adapters_store.index.customizations import CustomizationCalls
+from adapters_store.index.feed import FeedEvent
+from adapters_store.records import Customization
+from adapters_store.scope import id_of
+
+HELD = 100_000
+"""Answers held at most, "has none" counting as well."""
+
+
+class Follower(Protocol):
+    """Who hands the feed's events on: `TaskDirectory`."""
+
+    @property
+    def available(self) -> bool:
+        """Whether the feed is followed."""
+
+
+class CustomizationDirectory:
+    """The memory of `index`'s customizations; `follower` must be subscribed to by this object's owner.
+
+    A `FeedListener`: whoever changes a customization calls `forget` itself, which the feed would do a little later.
+    """
+
+    def __init__(self, index: CustomizationCalls, follower: Follower) -> None:
+        self._index = index
+        self._follower = follower
+        self._held: OrderedDict[tuple[str, str], Customization | None] = OrderedDict()
+        self._tasks_of: dict[str, set[str]] = {}  # of each user that is held
+        self._users_of: dict[str, set[str]] = {}  # of each task that is held
+        self._changes = 0  # an answer that was under way while this grew may be of before the change
+
+    async def get(self, user: str, task: str) -> Customization | None:
+        """The user's customization of the task, None without one. `user` and `task` are scoped names.
+
+        `StoreUnavailable` where that is not known here while Redis is away or the feed is not followed.
+        """
+        if (user, task) in self._held:
+            self._held.move_to_end((user, task))
+            return self._held[user, task]
+        if not self._follower.available:
+            pair = f"of user '{id_of(user)}' and task '{id_of(task)}'"
+            raise StoreUnavailable(f"the customization {pair} is not known here, and Redis cannot be asked")
+        changes = self._changes
+        found = await self._index.find_customization(user, task)
+        if self._changes == changes:
+            self._hold(user, task, found)
+        return found
+
+    def forget(self, user: str, task: str) -> None:
+        """Read this pair anew when it is asked for."""
+        self._changes += 1
+        self._drop(user, task)
+
+    def changed(self, event: FeedEvent) -> None:
+        """Forget what this change makes wrong."""
+        if event.kind in ("customized", "uncustomized"):
+            self.forget(event.user, event.task)
+        elif event.kind == "user_deleted":
+            self._changes += 1
+            for task in list(self._tasks_of.get(event.user, ())):
+                self._drop(event.user, task)
+        elif event.kind == "task_deleted":
+            self._changes += 1
+            for user in list(self._users_of.get(event.task, ())):
+                self._drop(user, event.task)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._changes += 1
+        self._held.clear()
+        self._tasks_of.clear()
+        self._users_of.clear()
+
+    def _hold(self, user: str, task: str, found: Customization | None) -> None:
+        self._held[user, task] = found
+        self._tasks_of.setdefault(user, set()).add(task)
+        self._users_of.setdefault(task, set()).add(user)
+        if len(self._held) > HELD:
+            self._drop(*next(iter(self._held)))
+
+    def _drop(self, user: str, task: str) -> None:
+        if (user, task) not in self._held:
+            return
+        del self._held[user, task]
+        for known, name, other in ((self._tasks_of, user, task), (self._users_of, task, user)):
+            known[name].discard(other)
+            if not known[name]:
+                del known[name]

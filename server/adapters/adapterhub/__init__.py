@@ -1,0 +1,1 @@
+"""The methods of AdapterHub's checkpoints: one config may hold several."""

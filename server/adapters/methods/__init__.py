@@ -1,0 +1,1 @@
+"""One file per method that reads its checkpoint, and the table of them."""
