@@ -1,6 +1,6 @@
 """The index: tasks, their versions, users' customizations and API keys in Redis. It knows no files and no server.
 
-Every change is one Lua script (the `*.lua` files beside this one), which also writes the history and tells the change
+Every change is one Lua script (`lua/*.lua`), which also writes the history and tells the change
 feed; so a change is seen whole or not at all, by everyone. No call's cost grows with the number of tasks. Every call
 may raise `StoreUnavailable`; a change that raised it may have been carried out nevertheless, and may be repeated.
 """

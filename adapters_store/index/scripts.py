@@ -1,6 +1,6 @@
 """The index's Lua scripts, and how they are run. It knows nothing of what they mean.
 
-Each `NAME.lua` beside this file is one atomic step. `change_common.lua` stands before each of them; a script that
+Each `lua/NAME.lua` is one atomic step. `change_common.lua` stands before each of them; a script that
 changes something gets three more arguments than its caller names: the feed's length, the actor, the request id.
 """
 
