@@ -46,6 +46,7 @@ ENV PATH=/opt/medley/bin:$PATH \
     MEDLEY_HOST=0.0.0.0 \
     MEDLEY_AUTH=true \
     MEDLEY_DATA_DIR=/data \
+    NUMBA_CACHE_DIR=/data/numba \
     MEDLEY_LOG_FORMAT=json
 USER 10001
 WORKDIR /home/medley

@@ -3,6 +3,9 @@
 Two steps. A stored blob that is named by nobody is condemned; one that has been for the grace period, and is named by
 nobody still, is claimed and deleted. `garbage_index` says why none of them can be one that a running upload is about to
 name, whatever the grace. What a collector that died had claimed is deleted by a later one.
+
+The blobs that another index names look like garbage from here. So a store has one index that owns it, and the collector
+of any other is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import structlog
 
 from adapters_store.blobs.local import BlobStore
-from adapters_store.errors import StoreError, StoreUnavailable
+from adapters_store.errors import Conflict, StoreError, StoreUnavailable
 from adapters_store.index.garbage import GarbageIndex
 
 INTERVAL = 3600
@@ -29,6 +32,8 @@ DELETED_WITHIN = 60.0
 must not delete the same blob, since it may be put again in between. Only a process that stands still, between looking
 at the clock and deleting, for as long as lies between the two would be mistaken."""
 ABANDONED = 600.0
+
+FOREIGN = "store_of_another_index"
 
 log = structlog.get_logger(__name__)
 
@@ -57,24 +62,41 @@ class GarbageCollector:
         self._grace = grace
 
     async def run_forever(self) -> None:
-        """Collect once an hour, unless another server does, until cancelled; a collection that fails is logged."""
-        while True:
-            await asyncio.sleep(INTERVAL / 12)
-            try:
-                if await self._index.is_time(INTERVAL):
-                    log.info("garbage collected", **(await self.collect())._asdict())
-            except StoreError as error:
-                log.warning("garbage is not collected this time", reason=str(error))
+        """Collect once an hour, unless another server does, until cancelled; a collection that fails is logged.
 
-    async def survey(self) -> GarbageReport:
-        """What `collect` would find and delete now; nothing is changed."""
+        A store that may be claimed is claimed at the start. That it is another index's is logged as an error, once.
+        """
+        rested = foreign = False
+        while True:
+            try:
+                await self._take_store()
+                foreign = False
+                if rested and await self._index.is_time(INTERVAL):
+                    log.info("garbage collected", **(await self.collect())._asdict())
+            except (StoreError, OSError) as error:
+                if not (isinstance(error, Conflict) and error.code == FOREIGN):
+                    log.warning("garbage is not collected this time", reason=str(error))
+                elif not foreign:
+                    foreign = True
+                    log.error("garbage is not collected", reason=str(error))
+            await asyncio.sleep(INTERVAL / 12)
+            rested = True
+
+    async def survey(self, *, adopt: bool = False) -> GarbageReport:
+        """What `collect` would find and delete now; nothing is changed. It is refused where `collect` would be."""
+        await self._claimable(adopt=adopt)
         stored, unnamed = await self._unnamed()
         due = unnamed if self._grace <= 0 else await self._due()
         return _report(stored, unnamed, [sha256 for sha256 in due if sha256 in unnamed])
 
-    async def collect(self) -> GarbageReport:
-        """Condemn what nobody names, delete what is due. `Conflict` "garbage_locked" while another collector runs."""
+    async def collect(self, *, adopt: bool = False) -> GarbageReport:
+        """Condemn what nobody names, delete what is due. `adopt` takes over a store that is another index's.
+
+        `Conflict` "garbage_locked" while another collector runs, "store_of_another_index" unless the index owns the
+        store or may claim it.
+        """
         async with self._index.turn() as turn:
+            await self._take_store(adopt=adopt)
             abandoned = await self._index.abandoned(await self._index.now() - ABANDONED)
             for batch in _batches(abandoned, DELETED_AT_ONCE):
                 await turn.renew()
@@ -91,10 +113,39 @@ class GarbageCollector:
                     await self._index.pardon(batch)
                 for batch in _batches([sha256 for sha256 in due if sha256 not in names], DELETED_AT_ONCE):
                     await turn.renew()
+                    await self._claimable()  # still: another may have adopted it, or restored a backup
                     claimed = await self._index.claim(batch)
                     await self._delete(claimed)
                     deleted += claimed
         return _report(stored, unnamed, [sha256 for sha256 in deleted if sha256 in unnamed])
+
+    async def _take_store(self, *, adopt: bool = False) -> None:
+        if index_id := await self._claimable(adopt=adopt):
+            await asyncio.to_thread(self._blobs.own, index_id)
+
+    async def _claimable(self, *, adopt: bool = False) -> str | None:
+        """None if the index owns the store, its id if it may claim the store; `Conflict` if it may not."""
+        index_id = await self._index.index_id()
+        owner = await asyncio.to_thread(self._blobs.owner)
+        if owner == index_id:
+            return None
+        if adopt or (owner is None and (await self._names_any() or await asyncio.to_thread(self._is_empty))):
+            return index_id
+        what = "the store belongs to another index" if owner else "the store has files, and this index names none"
+        raise Conflict(
+            FOREIGN,
+            f"{what}, so none of its files is deleted: correct --redis-url or --store; or, if no other index needs "
+            "them, let this one take the store over with `medley gc --adopt`",
+        )
+
+    async def _names_any(self) -> bool:
+        async for page in self._index.named():
+            if page:
+                return True
+        return False
+
+    def _is_empty(self) -> bool:
+        return next(self._blobs.list(), None) is None
 
     async def _due(self) -> list[str]:
         return await self._index.condemned(await self._index.now() - self._grace)

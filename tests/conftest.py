@@ -6,6 +6,8 @@ import pytest
 import structlog
 import torch
 
+torch.set_num_threads(1)  # each of the runner's workers has a core; the models are tiny
+
 
 def silence_log() -> None:
     """Without the supervisor's configuration structlog prints to stdout, between the runner's own lines."""

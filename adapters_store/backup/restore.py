@@ -10,8 +10,7 @@ collect garbage is held all the time, so that no blob leaves between being put a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from shutil import copyfileobj
 
@@ -20,7 +19,6 @@ from adapters_store.backup.file import BackupBlob, Totals, reading
 from adapters_store.backup.restore_index import IndexWriter
 from adapters_store.blobs.local import BlobStore, is_sha256
 from adapters_store.errors import BackupDamaged, StoreUnavailable
-from adapters_store.index.garbage import LOCK_SECONDS, Turn
 from adapters_store.index.index import SCHEMA, RedisIndex
 
 
@@ -28,11 +26,12 @@ async def restore_backup(index: RedisIndex, blobs: BlobStore, path: Path) -> Tot
     """Make `index`, which must be empty, what the backup at `path` holds, and put its files into `blobs`.
 
     Raises `BackupDamaged`; `Conflict` "index_not_empty", and "garbage_locked" or "blobs_deleting" while garbage is
-    collected; `OSError` for the file. Nothing is visible then. Servers on the index read it anew by themselves. The
-    hashes of all blobs are in memory meanwhile, some hundred bytes each.
+    collected; `OSError` for the file. Nothing is visible then. Servers on the index read it anew by themselves, and it
+    owns `blobs` from then on, whichever index did before. The hashes of all blobs are in memory meanwhile, some hundred
+    bytes each.
     """
     writer = IndexWriter(index.redis, index.keys)
-    async with index.garbage.turn() as turn, _renewed(turn):
+    async with index.garbage.turn() as turn:
         await writer.remove_leftovers()
         await writer.demand_empty()
         begun = await index.garbage.now()
@@ -49,7 +48,7 @@ async def restore_backup(index: RedisIndex, blobs: BlobStore, path: Path) -> Tot
             with suppress(StoreUnavailable):
                 await writer.remove_leftovers()
             raise
-    await index.identify()
+    await asyncio.to_thread(blobs.own, await index.identify())
     return totals
 
 
@@ -80,22 +79,3 @@ def _put(blobs: BlobStore, blob: BackupBlob, path: Path) -> None:
         # Damaged content is put under its own hash, where it is garbage and does no harm.
         if blobs.put(staged).sha256 != blob.sha256:
             raise BackupDamaged(f"{path} is damaged: the content of the file {blob.sha256} has another sha256")
-
-
-@asynccontextmanager
-async def _renewed(turn: Turn) -> AsyncIterator[None]:
-    """Keep the turn, whatever a blob takes. Whether it was kept is seen by the caller's own renewal at the end."""
-
-    async def renew() -> None:
-        while True:
-            await asyncio.sleep(LOCK_SECONDS / 8)
-            with suppress(StoreUnavailable):
-                await turn.renew()
-
-    renewing = asyncio.create_task(renew())
-    try:
-        yield
-    finally:
-        renewing.cancel()
-        with suppress(asyncio.CancelledError):
-            await renewing

@@ -1,9 +1,10 @@
 """Blobs in an S3-compatible bucket, behind a bounded cache on local disk.
 
-`s3://bucket/prefix` keeps a blob as the object `prefix/blobs/ab/abcdef…`. Endpoint, region and credentials come from
-the environment, by the names that all S3 clients read (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, …), and
-from nowhere else. A put is complete or absent: an object appears as a whole. What an upload of several parts that was
-killed leaves in the bucket is its own matter (a life-cycle rule for incomplete multipart uploads removes it).
+`s3://bucket/prefix` keeps a blob as the object `prefix/blobs/ab/abcdef…`, and who owns the store in `prefix/index_id`.
+Endpoint, region and credentials come from the environment, by the names that all S3 clients read (`AWS_ENDPOINT_URL`,
+`AWS_REGION`, `AWS_ACCESS_KEY_ID`, …), and from nowhere else. A put is complete or absent: an object appears as a whole.
+What an upload of several parts that was killed leaves in the bucket is its own matter (a life-cycle rule for incomplete
+multipart uploads removes it).
 """
 
 from __future__ import annotations
@@ -121,6 +122,16 @@ class BucketBlobs:
                     if is_sha256(name):
                         yield StoredBlob(name, found["size"])
 
+    def owner(self) -> str | None:
+        """What the object `index_id` says."""
+        found = self._get("index_id")
+        return None if found is None else found.decode().strip() or None
+
+    def own(self, index_id: str) -> None:
+        """Write the object `index_id`."""
+        with self._errors_named():
+            obstore.put(self._bucket, "index_id", f"{index_id}\n".encode())
+
     def staging(self) -> AbstractContextManager[Path]:
         """A fresh private folder of this machine; a full disk while it is in use is raised as `StoreFull`."""
         return self._staging.fresh()
@@ -130,15 +141,20 @@ class BucketBlobs:
         return self._staging.sweep()
 
     def _fetch(self, sha256: str) -> bytes:
+        content = self._get(_key(sha256))
+        if content is None:
+            raise missing(sha256)
+        verify(sha256, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _get(self, key: str) -> bytes | None:
         with self._errors_named():
             try:
-                content = bytes(obstore.get(self._bucket, _key(sha256)).bytes())
+                return bytes(obstore.get(self._bucket, key).bytes())
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise
-                raise missing(sha256) from None
-        verify(sha256, hashlib.sha256(content).hexdigest())
-        return content
+                return None
 
     def _remember(self, sha256: str, content: bytes) -> None:
         """Keep a copy if the disk has room; the caller has the content either way."""

@@ -5,6 +5,7 @@ several servers may share. All calls are synchronous IO: an asyncio caller puts 
 blob is not known here.
 
     <folder>/blobs/ab/abcdef…     a blob, complete whenever this name exists
+    <folder>/index_id             the index whose collector may delete blobs, if any has claimed them
     <folder>/staging/             see `staging`
 """
 
@@ -14,7 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -60,6 +61,12 @@ class BlobStore(Protocol):
     def list(self) -> Iterator[StoredBlob]:
         """All blobs, in no order; one that is put or deleted meanwhile may or may not be among them."""
 
+    def owner(self) -> str | None:
+        """The id of the index that alone may have blobs deleted; None where none has claimed the store yet."""
+
+    def own(self, index_id: str) -> None:
+        """Make this index the owner, whichever was before."""
+
     def staging(self) -> AbstractContextManager[Path]:
         """A fresh private folder for the files of one upload; it and what is left in it are removed at the end."""
 
@@ -71,6 +78,7 @@ class LocalBlobs:
     """A `BlobStore` in `folder`, which is made if absent. Raises `StoreFull` when the file system has no room."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._blobs = folder / "blobs"
         self._blobs.mkdir(parents=True, exist_ok=True)
         self._staging = Staging(folder / "staging")
@@ -109,10 +117,27 @@ class LocalBlobs:
     def list(self) -> Iterator[StoredBlob]:
         """All blobs of the folder; other files in it are none."""
         for folder in self._blobs.iterdir():
-            with os.scandir(folder) as entries:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
                 for entry in entries:
                     if is_sha256(entry.name):
-                        yield StoredBlob(entry.name, entry.stat().st_size)
+                        with suppress(FileNotFoundError):  # deleted since it was listed
+                            yield StoredBlob(entry.name, entry.stat().st_size)
+
+    def owner(self) -> str | None:
+        """What the file `index_id` says."""
+        try:
+            return (self._folder / "index_id").read_text("utf-8").strip() or None
+        except FileNotFoundError:
+            return None
+
+    def own(self, index_id: str) -> None:
+        """Write the file `index_id` in one atomic step and make it durable."""
+        with self.staging() as folder:
+            path = folder / "index_id"
+            path.write_text(f"{index_id}\n", "utf-8")
+            sync(path)
+            place(path, self._folder / "index_id")
+        sync(self._folder)
 
     def put(self, path: Path) -> FileRecord:
         """Keep a finished file of `staging()` under its address and make it durable.

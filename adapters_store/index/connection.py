@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -36,6 +37,9 @@ OLDEST_REDIS = (6, 2)
 #: primary or its replicas, or just changed its role. A pipeline's error has the command before the word.
 NOT_NOW = re.compile(r"\b(MISCONF|BUSY|MASTERDOWN|NOREPLICAS|UNBLOCKED) ")
 
+#: What a script's error has somewhere in it at `maxmemory`, before Redis 7; the client then knows no better error.
+OUT_OF_MEMORY = re.compile(r"OOM command not allowed")
+
 #: What uvloop says, not in an `OSError`, when a connection is written to that was reset a moment before.
 CLOSED_UNDERNEATH = "the handler is closed"
 
@@ -57,6 +61,14 @@ def open_redis(url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
+def shown(url: str) -> str:
+    """`url` without user and password, for messages."""
+    parts = urlsplit(url)
+    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] not in ("username", "password")])
+    netloc = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{netloc}{parts.path}" + (f"?{query}" if query else "")
+
+
 @contextmanager
 def redis_errors() -> Iterator[None]:
     """Raise the store's errors in place of the client's. A `ResponseError` of a wrong command stays what it is."""
@@ -73,6 +85,8 @@ def redis_errors() -> Iterator[None]:
     except OutOfMemoryError as error:
         raise StoreFull(f"Redis has reached its maxmemory: {error}") from error
     except ResponseError as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise StoreFull(f"Redis has reached its maxmemory: {error}") from error
         if NOT_NOW.search(str(error)):
             raise StoreUnavailable(f"Redis declines for the moment: {error}") from error
         raise

@@ -41,8 +41,19 @@ class FeedEvent(msgspec.Struct, frozen=True):
     key: str = ""
 
 
+class Follower(Protocol):
+    """Who hands the feed's events on: `TaskDirectory`."""
+
+    @property
+    def available(self) -> bool:
+        """Whether the feed is followed."""
+
+
 class FeedListener(Protocol):
     """A memory of something in the index that is kept right by the feed; see `TaskDirectory.subscribe`."""
+
+    def subscribed(self, follower: Follower) -> None:
+        """From now on `follower` hands events on."""
 
     def changed(self, event: FeedEvent) -> None:
         """Forget what this change makes wrong. The same event may come again."""
@@ -74,7 +85,7 @@ class ChangeFeed:
         """The oldest changes after `position`, at most `BATCH`; waits up to `wait` seconds for the first, if at all.
 
         Raises `FeedLost` when Redis now holds another index than `index_id`, or when the entry at `position` was
-        trimmed away, and with it perhaps some after it.
+        trimmed away, and with it perhaps some after it; also when this release does not understand one of them.
         """
         block = None if wait is None else int(wait * 1000)
         with redis_errors():
@@ -88,4 +99,7 @@ class ChangeFeed:
         if not found_entry:
             raise FeedLost("the feed was trimmed past this server's position")
         entries: list[tuple[str, dict[str, str]]] = answer[0][1] if answer else []
-        return [msgspec.convert({"id": at, **fields}, FeedEvent) for at, fields in entries]
+        try:
+            return [msgspec.convert({"id": at, **fields}, FeedEvent) for at, fields in entries]
+        except msgspec.ValidationError as error:
+            raise FeedLost(f"the feed has an entry that this release does not understand: {error}") from error

@@ -9,6 +9,7 @@ is claimed is named by nobody and cannot come to be, and a name never outlives i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -61,6 +62,14 @@ class GarbageIndex(Scripted):
         with redis_errors():
             seconds, microseconds = await self.redis.time()
         return float(seconds + microseconds / 1e6)
+
+    async def index_id(self) -> str:
+        """The id of the index that stands in Redis now; `StoreUnavailable` where none does."""
+        with redis_errors():
+            found: Any = await self.redis.get(self.keys.index_id)
+        if found is None:
+            raise StoreUnavailable("there is no index in Redis at the moment; was Redis emptied?")
+        return str(found)
 
     async def named(self) -> AsyncIterator[list[str]]:
         """The blobs of all versions and customizations, page by page, some of them several times.
@@ -117,14 +126,23 @@ class GarbageIndex(Scripted):
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:
-        """The right to collect, which one collector at a time has. `Conflict` where another has it."""
+        """The right to collect, which one collector at a time has. `Conflict` where another has it.
+
+        It is renewed meanwhile, whatever a listing or a blob takes. Whether it was kept is seen by the caller's own
+        `renew` before each step that needs it.
+        """
         lock = self.redis.lock(self.keys.garbage_lock, timeout=LOCK_SECONDS, blocking=False)
         with redis_errors():
             if not await lock.acquire():
                 raise Conflict("garbage_locked", "another server or command is collecting garbage; try again later")
+        turn = Turn(lock)
+        renewing = asyncio.create_task(_renew(turn), name="garbage turn")
         try:
-            yield Turn(lock)
+            yield turn
         finally:
+            while not renewing.done():  # a call to Redis may take a cancellation for its own timeout
+                renewing.cancel()
+                await asyncio.wait([renewing], timeout=1.0)
             with suppress(StoreError, LockError), redis_errors():
                 await lock.release()
 
@@ -143,6 +161,13 @@ class GarbageIndex(Scripted):
                     del cursors[name]
                 else:
                     cursors[name] = cursor
+
+
+async def _renew(turn: Turn) -> None:
+    while True:
+        await asyncio.sleep(LOCK_SECONDS / 8)
+        with suppress(StoreError):
+            await turn.renew()
 
 
 def _files_of_version(stored: bytes) -> Iterable[FileRecord]:

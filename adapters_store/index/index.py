@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from adapters_store.errors import RedisMisconfigured
 from adapters_store.index.api_keys import ApiKeys
-from adapters_store.index.connection import check_server, open_redis, redis_errors
+from adapters_store.index.connection import check_server, open_redis, redis_errors, shown
 from adapters_store.index.customizations import CustomizationCalls
 from adapters_store.index.feed import ChangeFeed
 from adapters_store.index.garbage import GarbageIndex
@@ -29,7 +29,7 @@ class RedisIndex(VersionCalls, CustomizationCalls):
     """One index, in the Redis and namespace that `connect` was given; safe to use from many coroutines of a loop.
 
     `index_id` tells this index from any other; `feed` is its change feed, `api_keys` has its API keys, `usage` what
-    they use, `garbage` which blobs nobody names.
+    they use, `garbage` which blobs nobody names; `url` says where it is, without a password.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
@@ -39,12 +39,14 @@ class RedisIndex(VersionCalls, CustomizationCalls):
         self.usage = SharedUsage(redis, keys)
         self.garbage = GarbageIndex(redis, keys)
         self.index_id = ""
+        self.url = ""
 
     @classmethod
     async def connect(cls, url: str, *, namespace: str = "medley") -> RedisIndex:
         """Connect, check the server (`RedisMisconfigured`) and make the index if there is none."""
         redis = open_redis(url)
         index = cls(redis, Keys(namespace))
+        index.url = shown(url)
         try:
             await check_server(redis)
             await index.identify()
@@ -67,6 +69,10 @@ class RedisIndex(VersionCalls, CustomizationCalls):
         keys = [self.keys.index_id, self.keys.schema, self.keys.feed]
         index_id, schema = await self.run_change("identify", keys, [secrets.token_hex(16), SCHEMA], BY_NOBODY)
         if schema != SCHEMA:
-            raise RedisMisconfigured(f"the index has layout {schema}, this server reads {SCHEMA}; use its own release")
+            raise RedisMisconfigured(
+                f"the index at {self.url} was written by another release: it has layout {schema}, this release reads "
+                f"{SCHEMA}; export its tasks with the release that wrote it, or start anew with another --data-dir (or "
+                "--redis-url), and push them again"
+            )
         self.index_id = index_id
         return self.index_id

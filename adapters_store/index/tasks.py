@@ -123,9 +123,15 @@ class TaskCalls(Scripted):
 
     async def last_used(self, task: str) -> float | None:
         """When the task was last used, if ever."""
+        return (await self.last_uses([task]))[0]
+
+    async def last_uses(self, tasks: Sequence[str]) -> list[float | None]:
+        """When each of the tasks was last used, if ever: one call for all."""
+        if not tasks:
+            return []
         with redis_errors():
-            score = await self.redis.zscore(self.keys.last_used, task)
-        return None if score is None else float(score)
+            scores: list[Any] = await self.redis.zmscore(self.keys.last_used, list(tasks))
+        return [None if score is None else float(score) for score in scores]
 
     async def _read_history(self, key: str, limit: int, before: int | None) -> list[HistoryEntry]:
         rows = await self.run("read_history", [key], [limit, "" if before is None else before])

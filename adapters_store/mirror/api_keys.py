@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from adapters_store.errors import StoreUnavailable
 from adapters_store.index.api_keys import ApiKey, ApiKeys, hash_of
-from adapters_store.index.feed import FeedEvent
+from adapters_store.index.feed import FeedEvent, Follower
 
 MOST_KEPT = 100_000
 
@@ -20,23 +21,30 @@ class ApiKeyDirectory:
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
+        self._follower: Follower | None = None
         self._kept: OrderedDict[str, ApiKey] = OrderedDict()  # by hash, the last used last
         self._hash_of_id: dict[str, str] = {}
         self._changes = 0
 
     async def get(self, text: str) -> ApiKey | None:
         """The key with this text; None for one that never was or was revoked. `StoreUnavailable` where Redis would have
-        to be asked and is away."""
+        to be asked and is away or not followed: guesses must not wait for it then, one connection each."""
         sha256 = hash_of(text)
         kept = self._kept.get(sha256)
         if kept is not None:
             self._kept.move_to_end(sha256)
             return kept
+        if self._follower is not None and not self._follower.available:
+            raise StoreUnavailable("this API key is not known here, and Redis cannot be asked")
         changes = self._changes
         found = await self._keys.find(sha256)
         if found is not None and changes == self._changes:  # else what was read may have been revoked meanwhile
             self._keep(sha256, found)
         return found
+
+    def subscribed(self, follower: Follower) -> None:
+        """Ask Redis only while this one is available."""
+        self._follower = follower
 
     def changed(self, event: FeedEvent) -> None:
         """A key that has changed is read anew when it is used next."""

@@ -8,24 +8,15 @@ known while Redis is away is an error.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
 
 from adapters_store.errors import StoreUnavailable
 from adapters_store.index.customizations import CustomizationCalls
-from adapters_store.index.feed import FeedEvent
+from adapters_store.index.feed import FeedEvent, Follower
 from adapters_store.records import Customization
 from adapters_store.scope import id_of
 
 HELD = 100_000
 """Answers held at most, "has none" counting as well."""
-
-
-class Follower(Protocol):
-    """Who hands the feed's events on: `TaskDirectory`."""
-
-    @property
-    def available(self) -> bool:
-        """Whether the feed is followed."""
 
 
 class CustomizationDirectory:
@@ -63,6 +54,10 @@ class CustomizationDirectory:
         """Read this pair anew when it is asked for."""
         self._changes += 1
         self._drop(user, task)
+
+    def subscribed(self, follower: Follower) -> None:
+        """Follow this one."""
+        self._follower = follower
 
     def changed(self, event: FeedEvent) -> None:
         """Forget what this change makes wrong."""

@@ -70,6 +70,7 @@ class TaskDirectory:
     def subscribe(self, listener: FeedListener) -> None:
         """Have every event handed on to `listener`, and be told when some may have been missed."""
         self._listeners.append(listener)
+        listener.subscribed(self)
 
     def get(self, name: str) -> Task | None:
         """The task's record as mirrored."""
@@ -162,8 +163,7 @@ class TaskDirectory:
         async with self._reading:
             index_id = await self._index.identify()
             position = await self._index.feed.end()
-            for listener in self._listeners:
-                listener.clear()  # not earlier: what it reads from here on, the feed from `position` on keeps right
+            self._clear_listeners()  # not earlier: what they read from here on, the feed from `position` keeps right
             mirror = Mirror()
             has_more, last = True, None
             while has_more:
@@ -171,11 +171,16 @@ class TaskDirectory:
                 for state in page:
                     mirror.hold(state, {})
                 last = page[-1].task.name if page else last
+            self._clear_listeners()  # the feed was not read meanwhile: what changed since is not to wait for it
             if self._index_id not in ("", index_id):
                 _say_what_is_missing(self._mirror.entries.keys() - mirror.entries.keys(), len(mirror.entries))
             self._mirror = mirror
             self._index_id, self._position = index_id, position
             self._connected = True
+
+    def _clear_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.clear()
 
     async def _follow(self) -> None:
         while not self._stopping:
@@ -211,7 +216,8 @@ class TaskDirectory:
 
     async def _wait_out(self, error: Exception) -> None:
         if self._connected:
-            log.warning("redis is away; known tasks are served from memory", reason=str(error))
+            why = "redis is away" if isinstance(error, StoreUnavailable) else "the index cannot be followed"
+            log.warning(f"{why}; known tasks are served from memory", reason=str(error))
         self._connected = False
         await asyncio.sleep(RETRY_DELAY)
 

@@ -105,7 +105,7 @@ def in_turn(*deltas: RowDelta, is_relative: bool = False) -> RowDelta:
     """One change of a module's output after another, each of what the one before has made of it; all see the same
     input. For one delta it is that delta. `is_relative`: together they are meant for the base's own output."""
     assert not any(delta.kind.changes_input for delta in deltas), "the order of input changes is the reverse"
-    if len(deltas) == 1:
+    if len(deltas) == 1 and not is_relative:
         return deltas[0]
     kinds, counts = tuple(delta.kind for delta in deltas), tuple(len(delta.blocks) for delta in deltas)
     kind = _InTurn(kinds, counts, is_relative, by_adapter=any(kind.by_adapter for kind in kinds))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import metadata
 
+import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -28,6 +29,8 @@ from server.api.routes import (
 )
 from server.api.services import Services
 
+_log = structlog.get_logger(__name__)
+
 
 def create_app(services: Services) -> FastAPI:
     """The ASGI application. It answers before the engine is ready: see `Services`."""
@@ -42,8 +45,9 @@ def create_app(services: Services) -> FastAPI:
         yield
         for keeper in keepers:
             keeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await keeper
+        for keeper, outcome in zip(keepers, await asyncio.gather(*keepers, return_exceptions=True), strict=True):
+            if isinstance(outcome, Exception):
+                _log.error("a keeper died", keeper=keeper.get_name(), exc_info=outcome)
         await services.last_used.flush()
 
     app: FastAPI = FastAPIOffline(

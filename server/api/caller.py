@@ -48,5 +48,5 @@ class Caller:
         whole server tells of every tenant."""
         self.require("admin")
         if self.tenant:
-            message = f"this call shows the whole server; the API key {self.key_id} is of the tenant '{self.tenant}'"
+            message = f"this concerns the whole server; the API key {self.key_id} is of the tenant '{self.tenant}'"
             raise RequestError("forbidden", message)

@@ -153,7 +153,8 @@ class Generation:
             raise naming(error, self.target.layers) from None
         finally:
             self._metrics.request(self.target.label, outcome)
-            if self._has_begun:
+            # The engine may have computed the prompt for a caller who left before the first token.
+            if self._has_begun or outcome == "cancelled":
                 self._bill.tokens += self.usage()["total_tokens"]
 
     async def collect(self) -> list[Delta]:

@@ -10,7 +10,7 @@ import time
 
 import structlog
 
-from adapters_store import RedisIndex, StoreUnavailable
+from adapters_store import RedisIndex, StoreError
 
 FLUSH_SECONDS = 5.0
 
@@ -35,12 +35,12 @@ class LastUsed:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what was noted. While the index is away it stays noted."""
+        """Write what was noted. While the index is away or full it stays noted."""
         noted, self._noted = self._noted, {}
         if not noted:
             return
         try:
             await self._index.touch(noted)
-        except StoreUnavailable as error:
+        except StoreError as error:
             self._noted = noted | self._noted
             _log.warning("last use of tasks not written yet", reason=str(error))

@@ -6,7 +6,7 @@
     stored_bytes           files of the versions and customizations that the key uploaded and that still stand
 
 A refusal is 429 `quota_exceeded`; it names the quota in `param` and says when to come back. Counters are shared by all
-servers of an index; while Redis is away each server counts for itself, from nothing.
+servers of an index; while Redis is away or full each server counts for itself, from nothing.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ async def put_settings(
         if settings.public != old.public:
             caller.require("admin")
         if settings.pinned and not old.pinned:
+            caller.require_operator()  # the adapter memory is every tenant's
             await _check_pin(services, task_name)
         try:
             task = await services.index.put_task(task_name, settings, expected_revision=found, change=caller.change)

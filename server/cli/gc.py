@@ -25,6 +25,10 @@ def gc(
             show_default=False,
         ),
     ] = None,
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Take over a store of another index; what this one does not need goes."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     redis_url: RedisUrl = None,
     store: Store = None,
@@ -33,7 +37,7 @@ def gc(
     """Delete the stored files that no version and no customization needs. Uploads may go on beside it."""
     given = None if grace is None else str(grace)
     settings = settings_of(redis_url=redis_url, store=store, data_dir=data_dir, garbage_grace=given)
-    report = asyncio.run(_collect(settings, dry_run=dry_run))
+    report = asyncio.run(_collect(settings, dry_run=dry_run, adopt=adopt))
     if as_json:
         print(json.dumps(report._asdict(), indent=2))
         return
@@ -43,7 +47,7 @@ def gc(
     print(f"{what}: {report.due} ({decimal(report.due_bytes)}); within their grace: {waiting}")
 
 
-async def _collect(settings: Settings, *, dry_run: bool) -> GarbageReport:
+async def _collect(settings: Settings, *, dry_run: bool, adopt: bool) -> GarbageReport:
     async with open_store(settings) as (index, blobs):
         collector = GarbageCollector(index.garbage, blobs, settings.garbage_grace)
-        return await (collector.survey() if dry_run else collector.collect())
+        return await (collector.survey(adopt=adopt) if dry_run else collector.collect(adopt=adopt))

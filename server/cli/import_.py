@@ -28,12 +28,13 @@ def import_(
     with opened(file) as archive, Client(url) as client:
         archive.check()
         task = archive.manifest["task"] if name is None else name
-        client.call("PUT", task_path(task), body=_settings(archive.manifest["settings"]))
         numbers: dict[int, int] = {}
         for version in archive.manifest["versions"]:
             number = _publish(client, task, archive, version)
             numbers[version["version"]] = number
             print(f"{task}@{number}: version {version['version']} of the archive, {version['method']}")
+        # only now, so that nothing changes for those who use the task if a version is refused
+        client.call("PUT", task_path(task), body=_settings(archive.manifest["settings"]))
         _point(client, task, archive.manifest, numbers)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from typing import Annotated, Any
 
 import msgspec
@@ -82,6 +83,8 @@ def revoke(
 
 async def _create(settings: Settings, name: str, scope: KeyScope, tenant: str, quotas: Quotas) -> tuple[ApiKey, str]:
     async with open_index(settings) as index:
+        where = f"of {settings.data_dir.resolve()}" if settings.redis_url is None else f"at {index.url}"
+        print(f"the key is made in the index {where}", file=sys.stderr)
         return await index.api_keys.create(name, [scope], tenant=tenant, quotas=quotas)
 
 

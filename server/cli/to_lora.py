@@ -48,20 +48,22 @@ class Converted:
 def convert_to_lora(source: Path, base: str, rank: int) -> Converted:
     """The nearest LoRA of that rank. Raises `CommandError` for an adapter that has none."""
     model = _load(source, base)
+    errors = {}
     try:
         if model.supports_lora_conversion():
             config, tensors = factors_by_peft(model, rank)
         else:
             config, tensors = _factors(model, rank)
+        for name, change in _changes(model):
+            key = f"{_PREFIX}{name}.lora_"
+            if f"{key}A.weight" not in tensors:
+                raise ValueError(f"PEFT's conversion leaves out {name}")
+            approximation = tensors[f"{key}B.weight"].float() @ tensors[f"{key}A.weight"].float()
+            size = float(change.norm())
+            errors[name] = float((change - approximation).norm()) / size if size else float(approximation.norm())
     except (TypeError, ValueError) as error:
         raise CommandError(f"{source}: {error}") from None
     config.task_type = _TASK
-    errors = {}
-    for name, change in _changes(model):
-        key = f"{_PREFIX}{name}.lora_"
-        approximation = tensors[f"{key}B.weight"].float() @ tensors[f"{key}A.weight"].float()
-        size = float(change.norm())
-        errors[name] = float((change - approximation).norm()) / size if size else float(approximation.norm())
     return Converted(config, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, errors)
 
 
@@ -82,6 +84,8 @@ def _load(source: Path, base: str) -> PeftModel:
     if not isinstance(config, dict) or config.get("task_type") not in (None, _TASK) or config.get("modules_to_save"):
         message = f"{source} is no PEFT adapter of task_type {_TASK} without modules_to_save; no other is converted"
         raise CommandError(message)
+    if config.get("bias") not in (None, False, "none"):
+        raise CommandError(f"{source}: bias is {config['bias']!r}; the LoRA would lack the biases that were trained")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT, about bases that it does not know by name
@@ -125,6 +129,8 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
             continue
         found = True
         base, name = module.get_base_layer(), full_name.removeprefix(_PREFIX)
+        if not isinstance(base, (torch.nn.Linear, Conv1D)):
+            raise ValueError(f"{name} is no linear module, and no other can be converted")
         weight, bias = base.weight.data.clone(), None if base.bias is None else base.bias.data.clone()
         module.merge(safe_merge=True, adapter_names=[_NAME])
         change = base.weight.data - weight

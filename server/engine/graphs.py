@@ -233,10 +233,9 @@ class DecodeGraphs:
         self._forward = forward
         self._max_rows = max_rows
         self._graphs: OrderedDict[Composition, torch.cuda.CUDAGraph] = OrderedDict()
-        self._seen: OrderedDict[Composition, None] = OrderedDict()
+        self._seen: OrderedDict[Composition, bool] = OrderedDict()  # whether it may be captured
         self._memory = torch.cuda.graph_pool_handle()
         self._logits: Tensor | None = None  # [max_rows, vocabulary], what every graph writes to
-        self._can_capture = True
 
     def run(self, composition: Composition) -> Tensor:
         """Logits `[rows, vocabulary]`, valid until the next call."""
@@ -247,16 +246,18 @@ class DecodeGraphs:
             graph.replay()
             return self._logits[: composition.rows]
         logits = self._forward(composition)
-        if composition in self._seen and self._can_capture:
-            self._capture(composition, logits)
-        self._seen[composition] = None
+        can_capture = self._seen.get(composition)
+        if can_capture:
+            can_capture = self._capture(composition, logits)
+        self._seen[composition] = can_capture is not False
         self._seen.move_to_end(composition)
         while len(self._seen) > _MAX_SEEN:
             self._seen.popitem(last=False)
         return logits
 
-    def _capture(self, composition: Composition, logits: Tensor) -> None:
-        """`logits` are of the same step, run just before: what must be loaded or chosen at first use is."""
+    def _capture(self, composition: Composition, logits: Tensor) -> bool:
+        """Whether it could. `logits` are of the same step, run just before: what must be loaded or chosen at first use
+        is."""
         if self._logits is None:
             self._logits = logits.new_empty(self._max_rows, logits.shape[1])
         graph = torch.cuda.CUDAGraph()
@@ -265,9 +266,9 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._logits[: composition.rows].copy_(self._forward(composition))
         except RuntimeError as error:  # the class's own code may wait for the device, which no graph can hold
-            logger.warning("this base's steps cannot be captured as CUDA graphs and run without: %s", error)
-            self._can_capture = False
-            return
+            logger.warning("steps of this composition cannot be captured as a CUDA graph and run without: %s", error)
+            return False
         self._graphs[composition] = graph
         while len(self._graphs) > _MAX_GRAPHS:
             self._graphs.popitem(last=False)
+        return True

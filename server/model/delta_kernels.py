@@ -15,6 +15,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
@@ -129,6 +130,10 @@ class DeltaKernels:
         if inputs.stride(1) != 1:
             inputs = inputs.contiguous()
         first, second = blocks[0], blocks[-1]
+        last = tokens.stop - 1 if isinstance(tokens, slice) else int(tokens[-1])  # they ascend
+        fits = last < len(outputs) == len(inputs) and outputs.stride(1) == 1
+        if not fits or not inputs.dtype == outputs.dtype == first.pool.dtype == torch.float32:
+            raise RuntimeError(f"rows up to {last} are no rows of {list(inputs.shape)} and {list(outputs.shape)}")
         _RECORD.pack_into(
             self._call,
             0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from server.model.decode_kernel import DecodeKernel
     from server.model.delta_kernels import DeltaKernels
+
+
+logger = logging.getLogger("medley.kernels")
 
 
 class Kernels(NamedTuple):
@@ -23,10 +27,11 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
     if device.type != "cpu" or dtype != torch.float32:
         return None, f"no kernels for {dtype} on {device.type}"
     try:
-        # only where they are used: what is imported here is compiled
+        # only where they are used: what is imported here is compiled, at the first start
         from server.model.decode_kernel import DecodeKernel  # noqa: PLC0415
         from server.model.delta_kernels import DeltaKernels  # noqa: PLC0415
 
-        return Kernels(DecodeKernel(), DeltaKernels()), "compiled"
-    except (ImportError, OSError) as error:
-        return None, f"the kernels cannot be had: {error}"
+        return Kernels(DecodeKernel(), DeltaKernels()), "by compiled kernels"
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no folder for what numba compiles
+        logger.warning("attention and row deltas run without compiled kernels, more slowly: %s", error)
+        return None, "the kernels cannot be had"

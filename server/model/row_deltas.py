@@ -134,7 +134,7 @@ def change_outputs(
             tokens, kind, blocks, is_each, kernel = segment
             if kind.changes_input:
                 continue
-            if kernel is not None:
+            if kernel is not None and rows.dim() == seen_rows.dim() == 2:
                 kernel(seen_rows, rows, tokens, blocks)
                 continue
             chosen, seen = _chosen(rows, tokens), _chosen(seen_rows, tokens)
@@ -164,7 +164,7 @@ def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
     inputs = inputs.clone(memory_format=torch.contiguous_format)  # the base's other modules read the original too
     rows = _as_rows(inputs)
     for tokens, kind, blocks, is_each, kernel in segments:
-        if kind.changes_input and kernel is not None:
+        if kind.changes_input and kernel is not None and rows.dim() == 2:
             kernel(rows, rows, tokens, blocks)
         elif kind.changes_input:
             chosen = _chosen(rows, tokens)

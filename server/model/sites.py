@@ -2,7 +2,8 @@
 
 A site's module keeps its weights, its class and its place in the model; only its `forward` is led through
 the site, which applies the step's row deltas around it. Without deltas the base's own forward runs. A site is a linear
-module,"""
+module, a norm, an attention, a sub-block of a layer, or the input embedding.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,10 @@ async def _open_store(settings: Settings, data: DataFolder, metrics: Metrics, pa
     await directory.start()
     parts.push_async_callback(directory.stop)
     if settings.auth and not await index.api_keys.list():
-        _log.warning("there is no API key yet, so nobody is let in; make one with `medley keys create`")
+        own = settings.redis_url is None
+        where = ["--data-dir", str(settings.data_dir.resolve())] if own else ["--redis-url", index.url]
+        command = f"medley keys create NAME {shlex.join(where)}"
+        _log.warning(f"there is no API key yet, so nobody is let in; make one with `{command}`")
     blobs = blob_store(settings, data)
     await asyncio.to_thread(_check_blobs, blobs)
     await asyncio.to_thread(blobs.sweep)

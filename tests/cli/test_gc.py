@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
@@ -17,12 +18,15 @@ def figures(text: str) -> dict[str, int]:
 
 
 def test_files_that_nobody_needs_are_shown_and_deleted_beside_a_server(
-    server: ServerProcess, adapters: dict[str, Path], medley: Medley
+    server: ServerProcess, adapters: dict[str, Path], medley: Medley, tmp_path: Path
 ) -> None:
     options = ("--data-dir", str(server.data), "--json")
     assert medley("gc", *options, "--grace", "0").returncode == 0  # what other tests left
-    for task, method in (("kept", "lora"), ("gone", "prompt")):
-        assert upload(server.url, task, adapters[method]).status_code == 201
+    own = shutil.copytree(adapters["prompt"], tmp_path / "own")
+    with (own / "adapter_config.json").open("a") as config:
+        config.write("\n")  # no other task has this file
+    for task, folder in (("kept", adapters["lora"]), ("gone", own)):
+        assert upload(server.url, task, folder).status_code == 201
     assert httpx.delete(f"{server.url}/v1/tasks/gone").status_code == 204
     before = figures(medley("gc", *options, "--grace", "0", "--dry-run").stdout)
     assert before["unnamed"] == before["due"] > 0
@@ -32,7 +36,7 @@ def test_files_that_nobody_needs_are_shown_and_deleted_beside_a_server(
     after = figures(medley("gc", *options, "--grace", "0").stdout)
     assert after == {"stored": before["stored"] - before["unnamed"], **dict.fromkeys(list(before)[1:], 0)}
     assert generate(server.url, "kept").status_code == 200
-    assert upload(server.url, "gone", adapters["prompt"]).status_code == 201
+    assert upload(server.url, "gone", own).status_code == 201
     assert generate(server.url, "gone").status_code == 200
 
 
@@ -40,11 +44,15 @@ def test_it_works_without_a_server_and_says_what_it_did(tmp_path: Path) -> None:
     orphan = tmp_path / "blobs" / "blobs" / "ab" / ("ab" * 32)
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"orphan")
-    dry = run_medley("gc", "--data-dir", str(tmp_path), "--grace", "0", "--dry-run")
+    for options in ((), ("--dry-run",)):
+        refused = run_medley("gc", "--data-dir", str(tmp_path), "--grace", "0", *options)
+        assert refused.returncode == 1
+        assert "medley gc --adopt" in one_line(refused.stderr)
+    dry = run_medley("gc", "--data-dir", str(tmp_path), "--grace", "0", "--dry-run", "--adopt")
     assert "1 files are stored; 1 of them (6 bytes) nobody needs" in dry.stdout
     assert "would be deleted: 1 (6 bytes); within their grace: 0" in dry.stdout
     assert orphan.exists()
-    done = run_medley("gc", "--data-dir", str(tmp_path), "--grace", "0")
+    done = run_medley("gc", "--data-dir", str(tmp_path), "--grace", "0", "--adopt")
     assert "\ndeleted: 1 (6 bytes); within their grace: 0" in done.stdout
     assert not orphan.exists()
 

@@ -29,6 +29,7 @@ def test_a_key_is_shown_once_listed_without_it_and_revoked(redis_url: str) -> No
     index = ("--redis-url", redis_url)
     made = run_medley("keys", "create", "ci", "--scope", "publish", "--tenant", "acme", *index)
     text = one_line(made.stdout).strip()
+    assert one_line(made.stderr) == f"the key is made in the index at {redis_url}\n"
     assert text.startswith("mk_")
     quotas = ("--requests-per-minute", "60", "--stored-bytes", "1000000")
     shown = json.loads(run_medley("keys", "create", "other", *quotas, "--json", *index).stdout)

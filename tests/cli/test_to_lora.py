@@ -127,7 +127,13 @@ def test_what_is_no_change_of_weights_alone_is_refused(tmp_path: Path, base: str
     with_bias = tiny_base("qwen2")
     with_bias.save_pretrained(tmp_path / "qwen2")
     save_adapter(with_bias, RoadConfig(task_type=CAUSAL, group_size=8, target_modules=["q_proj"]), tmp_path / "road", 0)
-    for name, model, says in (("prompt", base, "no weights"), ("road", tmp_path / "qwen2", "bias of model.layers.0")):
+    hra = HRAConfig(task_type=CAUSAL, r=4, target_modules=["q_proj"], bias="hra_only")
+    save_adapter(tiny_base("qwen2"), hra, tmp_path / "hra", 0)
+    for name, model, says in (
+        ("prompt", base, "no weights"),
+        ("road", tmp_path / "qwen2", "bias of model.layers.0"),
+        ("hra", tmp_path / "qwen2", "bias is 'hra_only'"),
+    ):
         result = _convert(tmp_path / name, "--to-lora", 4, "--model", model)
         assert result.exit_code == 1
         assert says in str(result.exception)

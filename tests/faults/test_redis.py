@@ -129,24 +129,25 @@ def test_a_slow_redis_is_waited_for_so_long_and_known_tasks_are_not_delayed(
 
 
 def test_of_a_redis_that_comes_back_empty_the_servers_say_what_is_missing(cluster: Cluster, prompts: Adapters) -> None:
+    lost = "0-lost"  # the first of all names: the log names only some
     clients = cluster.clients()
     one = clients[0]
-    one.published("lost", prompts[1])
-    said = one.said("lost")
-    everywhere(clients, lambda client: client.generate("lost").status_code == 200)
+    one.published(lost, prompts[1])
+    said = one.said(lost)
+    everywhere(clients, lambda client: client.generate(lost).status_code == 200)
     cluster.redis.stop()
     everywhere(clients, lambda client: client.ready()["redis"] == "away")
     shutil.rmtree(cluster.redis_folder)
     cluster.redis.start()
     everywhere(clients, lambda client: client.ready()["redis"] == "ok")
-    assert one.generate("lost").status_code == 401, "the keys went with the rest"
+    assert one.generate(lost).status_code == 401, "the keys went with the rest"
 
     clients = cluster.clients()
     for client, server in zip(clients, cluster.servers, strict=True):
-        assert error_of(client.generate("lost")) == (404, "task_not_found")
+        assert error_of(client.generate(lost)) == (404, "task_not_found")
         [line] = [line for line in server.log().splitlines() if "redis was emptied" in line]
-        assert "lost" in line.partition("among_them")[2]
+        assert lost in line.partition("among_them")[2]
     assert clients[0].http.get("/v1/tasks").json()["data"] == []
-    clients[0].published("lost", prompts[1])
-    everywhere(clients, lambda client: client.generate("lost").status_code == 200)
-    assert clients[0].said("lost") == said
+    clients[0].published(lost, prompts[1])
+    everywhere(clients, lambda client: client.generate(lost).status_code == 200)
+    assert clients[0].said(lost) == said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,13 @@ KINDS = {
 
 def _changed(segment: Segment, inputs: Tensor, weight: Tensor) -> Tensor:
     return apply_levels(lambda given: given @ weight, inputs.clone(), [[segment]])
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -75,6 +76,13 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
                 )
             )
     return AttentionPlan(torch.tensor(slots), None, torch.tensor([token for token, _, _ in decode]), groups, prefill)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

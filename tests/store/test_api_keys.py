@@ -117,6 +117,23 @@ async def test_the_most_used_keys_are_kept(index: RedisIndex, monkeypatch: pytes
         await known.get(texts[1])
 
 
+class _NotFollowing:
+    available = False
+
+
+async def test_while_the_feed_is_not_followed_guesses_do_not_ask_redis(
+    index: RedisIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text = await index.api_keys.create("ci", ["invoke"])
+    known = ApiKeyDirectory(index.api_keys)
+    assert await known.get(text) is not None
+    known.subscribed(_NotFollowing())
+    monkeypatch.setattr(index.api_keys, "find", None)
+    assert await known.get(text) is not None
+    with pytest.raises(StoreUnavailable):
+        await known.get("mk_guess")
+
+
 async def test_without_redis_known_keys_go_on_and_others_cannot_be_judged(own_redis: PrivateRedis) -> None:
     index = await RedisIndex.connect(own_redis.url)
     tasks = TaskDirectory(index)

@@ -120,6 +120,7 @@ async def test_a_restored_index_is_what_was_backed_up(
     assert (saved.tasks, saved.versions, saved.customizations, saved.api_keys) == (2, 4, 3, 1)
     assert await dump(empty) == await dump(index)
     assert empty.index_id not in (old_id, index.index_id)
+    assert other.owner() == empty.index_id
 
     assert (await empty.get_task("a")).canary == Canary(1, 12.5)
     found = await empty.find_customization("u", "a")
@@ -383,6 +384,7 @@ async def test_a_file_that_garbage_collection_took_meanwhile_says_run_again(
     from adapters_store.backup import backup
 
     await publish_text(index, blobs, "t", "a")
+    blobs.own(index.index_id)
     add = backup._add_blob
 
     async def collect_first(*arguments: Any) -> None:

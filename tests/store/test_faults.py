@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
-from adapters_store import PrivateRedis, RedisIndex, RedisNotStarted, StoreUnavailable, TaskDirectory
+from adapters_store import PrivateRedis, RedisIndex, RedisNotStarted, StoreFull, StoreUnavailable, TaskDirectory
+from adapters_store.index.connection import redis_errors
+from adapters_store.index.feed import FeedEvent
 from adapters_store.records import TaskSettings
 from tests.store.samples import eventually, new_version
 
@@ -155,3 +158,63 @@ async def test_a_connection_that_is_reset_under_a_write_is_redis_away_and_ends_n
     await eventually(lambda: tasks.available)
     await tasks.stop()
     await index.close()
+
+
+def test_a_script_that_found_no_memory_before_redis_7_means_full() -> None:
+    message = (
+        "Error running script (call to f_1): @user_script:9: -OOM command not allowed when used memory > 'maxmemory'"
+    )
+    with pytest.raises(StoreFull), redis_errors():
+        raise ResponseError(message)
+
+
+async def test_an_event_of_a_later_release_makes_everything_be_read_anew_once(
+    index: RedisIndex, directory: TaskDirectory, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    end = index.feed.end
+
+    async def counted() -> str:
+        loads.append(1)
+        return await end()
+
+    monkeypatch.setattr(index.feed, "end", counted)
+    with Redis.from_url(redis_url) as redis:
+        redis.xadd(f"{namespace}:feed", {"kind": "not_yet_known"})
+    await eventually(lambda: bool(loads))
+    await index.publish("t", new_version("a"), activate=True)
+    await eventually(lambda: directory.available and directory.get("t") is not None)
+    assert len(loads) == 1
+
+
+class _Told:
+    """A listener that counts how often it was cleared."""
+
+    def __init__(self) -> None:
+        self.cleared = 0
+
+    def subscribed(self, _: object) -> None:
+        pass
+
+    def changed(self, _: FeedEvent) -> None:
+        pass
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
+async def test_listeners_forget_again_what_they_read_while_the_mirror_loaded(
+    index: RedisIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, told = TaskDirectory(index), _Told()
+    tasks.subscribe(told)
+    list_states, cleared = index.list_states, []
+
+    async def noted(*arguments: object) -> object:
+        cleared.append(told.cleared)
+        return await list_states(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index, "list_states", noted)
+    await tasks.start()
+    assert (cleared, told.cleared) == ([1], 2)
+    await tasks.stop()

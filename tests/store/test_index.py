@@ -8,6 +8,7 @@ import pytest
 from redis import Redis
 
 from adapters_store import Conflict, NotFound, PrivateRedis, RedisIndex, RedisMisconfigured, StoreUnavailable
+from adapters_store.index.connection import shown
 from adapters_store.records import TaskSettings
 from tests.store.samples import new_version
 
@@ -162,6 +163,8 @@ async def test_last_use_never_goes_back(index: RedisIndex) -> None:
     await index.touch({"t": 20.5})
     await index.touch({"t": 10.0})
     assert await index.last_used("t") == 20.5
+    assert await index.last_uses(["none", "t"]) == [None, 20.5]
+    assert await index.last_uses([]) == []
 
 
 async def test_a_redis_that_may_evict_is_refused(own_redis: PrivateRedis) -> None:
@@ -174,8 +177,21 @@ async def test_a_redis_that_may_evict_is_refused(own_redis: PrivateRedis) -> Non
 async def test_an_index_of_another_layout_is_refused(index: RedisIndex, redis_url: str, namespace: str) -> None:
     with Redis.from_url(redis_url) as redis:
         redis.set(f"{namespace}:schema", "999")
-    with pytest.raises(RedisMisconfigured, match="999"):
+    with pytest.raises(RedisMisconfigured, match=r"layout 999.*export.*--data-dir") as refused:
         await RedisIndex.connect(redis_url, namespace=namespace)
+    assert redis_url.removeprefix("unix://") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://me:secret@host:6379/1", "redis://host:6379/1"),
+        ("redis://:secret@host", "redis://host"),
+        ("unix:///run/redis.sock?db=1&password=secret", "unix:///run/redis.sock?db=1"),
+    ],
+)
+def test_no_password_is_shown(url: str, expected: str) -> None:
+    assert shown(url) == expected
 
 
 async def test_a_stopped_redis_is_unavailable_and_the_same_connection_serves_again(own_redis: PrivateRedis) -> None:

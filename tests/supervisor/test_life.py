@@ -90,7 +90,7 @@ def test_each_way_in_which_a_start_fails_is_one_line_that_names_the_option(base:
         assert "--port" in refusal("--model", str(base), "--port", port)
     for url in ("redis://127.0.0.1:1/0", "http://127.0.0.1"):
         assert "--redis-url" in refusal("--model", str(base), "--port", "0", "--redis-url", url)
-    assert "--store" in refusal("--model", str(base), "--port", "0", "--store", "s3://bucket")
+    assert "--store" in refusal("--model", str(base), "--port", "0", "--store", "ftp://bucket")
     assert "--model" in refusal("--model", str(tmp_path / "nothing"), "--port", "0")
     (tmp_path / "data").rename(tmp_path / "moved")
     (tmp_path / "data").write_text("a file")

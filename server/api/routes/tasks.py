@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -42,8 +42,8 @@ async def list_tasks(
     """One page of the caller's own tasks and the public ones, each with its active version's method and size."""
     services.require_base()
     page, has_more = await list_visible(services, caller, limit, after)
-    used = await asyncio.gather(*(_last_used(services, caller, state.task) for state in page))
-    data = [task_json(state.task, state.active, last_used) for state, last_used in zip(page, used, strict=True)]
+    used = await _last_used(services, caller, [state.task for state in page])
+    data = [task_json(state.task, state.active, used.get(state.task.name)) for state in page]
     return json_response({"object": "list", "data": data, "has_more": has_more})
 
 
@@ -142,19 +142,21 @@ def task_json(task: Task, active: Version | None, last_used: float | None) -> di
     }
 
 
-async def _last_used(services: Services, caller: Caller, task: Task) -> float | None:
-    """Of another tenant's public task it is not told, and of none while Redis is away."""
-    if is_own(caller, task.name) and services.directory.available:
+async def _last_used(services: Services, caller: Caller, tasks: Sequence[Task]) -> dict[str, float | None]:
+    """By name. Of another tenant's public task it is not told, and of none while Redis is away."""
+    names = [task.name for task in tasks if is_own(caller, task.name)]
+    if services.directory.available:
         with suppress(StoreUnavailable):
-            return await services.index.last_used(task.name)
-    return None
+            return dict(zip(names, await services.index.last_uses(names), strict=True))
+    return {}
 
 
 async def _show(services: Services, caller: Caller, task: Task) -> Response:
     base = services.require_base()
     versions = await services.index.list_versions(task.name)
     active = next((version for version in versions if version.number == task.active), None)
-    document = task_json(task, active, await _last_used(services, caller, task))
+    used = await _last_used(services, caller, [task])
+    document = task_json(task, active, used.get(task.name))
     shown = [version_json(version, base, is_active=version.number == task.active) for version in versions]
     response = json_response({**document, "versions": shown})
     response.headers["ETag"] = f'"{task.settings_revision}"'

@@ -1,0 +1,47 @@
+"""Steps on a CPU in float32 run by compiled kernels: that they are there, and that plans name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.batch import StepBatch
+from server.engine.packing import MANY_TOKENS
+from server.engine.runner import Runner
+from server.engine.scheduler import Schedule
+from server.model import FrozenBase, Segment
+from server.model.kernels import find_kernels
+from tests.harness import greedy, make_engine, request, run
+
+
+def test_kernels_are_found_for_float32_on_a_cpu_alone() -> None:
+    assert find_kernels(torch.device("cpu"), torch.float32)[0] is not None
+    assert find_kernels(torch.device("cpu"), torch.bfloat16)[0] is None
+    assert find_kernels(torch.device("cuda"), torch.float32)[0] is None
+
+
+def test_scales_and_low_rank_updates_of_few_tokens_are_left_to_kernels(
+    base: FrozenBase, tasks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments: list[Segment] = []
+    own = Runner.run
+
+    def noting(self: Runner, schedule: Schedule, batch: StepBatch) -> Tensor:
+        segments.extend(each for levels in batch.deltas.values() for level in levels for each in level)
+        return own(self, schedule, batch)
+
+    monkeypatch.setattr(Runner, "run", noting)
+    engine = make_engine(base)
+    names = ["ia3", "lora", "lora", "ia3"]
+    run(engine, [request(str(at), list(range(3, 15)), greedy(4), tasks[name]) for at, name in enumerate(names)])
+    engine.close()
+    seen = set()
+    for segment in segments:
+        count = segment.tokens.stop - segment.tokens.start if isinstance(segment.tokens, slice) else len(segment.tokens)
+        is_fit = segment.is_each or segment.kind.is_elementwise or count < MANY_TOKENS
+        assert (segment.kernel is not None) == (segment.kind.compiled is not None and is_fit)
+        seen.add((segment.kind.compiled, is_fit))
+    assert seen >= {("scale", True), ("low_rank", True), ("low_rank", False)}
