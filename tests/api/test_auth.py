@@ -293,6 +293,7 @@ def test_errors_name_tasks_as_their_tenant_does(server: Keyed, files: Any, tenan
 def test_figures_of_the_whole_server_are_for_its_operators(server: Keyed, files: Any, tenant: str) -> None:
     make_task(server.caller("publish", tenant=tenant), "measured", files)
     server.caller("invoke", tenant=tenant).post("/v1/tasks/measured/generate", json=TEXT)
+    assert server.caller("invoke", tenant=tenant).put("/v1/tasks/measured", json={}).status_code == 403
     assert error_of(server.caller("admin", tenant=tenant).get("/metrics")) == (403, "forbidden")
     figures = server.caller("admin").get("/metrics").text
     assert f'task="{tenant}/measured"' in figures

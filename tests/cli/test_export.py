@@ -30,12 +30,12 @@ SETTINGS: dict[str, Any] = {
 def other(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, str]]:
     """Another server, which asks for keys, and a key of its."""
     data = tmp_path_factory.mktemp("other") / "data"
-    key = run_medley("keys", "create", "import", "--scope", "publish", "--data-dir", str(data)).stdout.strip()
+    key = run_medley("keys", "create", "import", "--scope", "admin", "--data-dir", str(data)).stdout.strip()
     with ServerProcess(base, data, "--auth") as server:
         yield server, key
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def archive(
     server: ServerProcess, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
