@@ -16,7 +16,6 @@ from server.engine.graphs import Composition, DecodeGraphs, GraphInputs
 from server.engine.scheduler import PrefixCopy, Schedule
 from server.model import AttentionPlan, FrozenBase, KVCache, PagedAttention, SitePlan, VarlenAttention
 from server.model.attention import Attention
-from server.model.kernels import find_kernels
 from server.model.kv_cache import index_tensor
 from server.model.varlen_attention import Kernel, find_kernel
 
@@ -37,7 +36,7 @@ class Runner:
         self._kernel: Kernel | None = None
         self._inputs: GraphInputs | None = None
         self._graphs: DecodeGraphs | None = None
-        self._compiled, reason = find_kernels(base.device, base.dtype)
+        self._compiled, reason = base.kernels, base.kernels_note
         self.states: Tensor | None = None  # of the last step's logits the head's inputs [num_logits, hidden], if wanted
         if self._is_cuda:
             self._kernel, reason = find_kernel(base, cache.page_size)

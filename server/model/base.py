@@ -21,6 +21,7 @@ from server.model.attention import IMPLEMENTATION, Attention
 from server.model.blocks import TRACED_TOKENS, Block, trace
 from server.model.fused import fuse
 from server.model.heap import keep_freed_memory
+from server.model.kernels import find_kernels
 from server.model.kv_cache import LayerShape
 from server.model.norms import NormForm, find_norms
 from server.model.probe import probe
@@ -85,7 +86,8 @@ class FrozenBase:
         if self.device.type == "cpu":
             keep_freed_memory()
         norms = dict(find_norms(model))
-        fuse(model, self.sites)
+        self.kernels, self.kernels_note = find_kernels(self.device, self.dtype)  # None, and why
+        fuse(model, self.sites, self.kernels and self.kernels.layers)
         self.blocks = self._add_traced_sites(norms)
         self.sites.shapes[self.token_embedding.site] = SiteShape(
             1, self._embedding_weight.shape[1], is_head=False, kind=SiteKind.EMBEDDING

@@ -66,6 +66,7 @@ class TorchThreads:
         self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._parallel.restype = None
 
-    def run(self, kernel: Any, record: int) -> None:
-        """Run a compiled function, `void(record *)`, on all of them, and wait. `record` is an address."""
-        self._parallel(kernel.address, record, torch.get_num_threads(), 0)
+    def run(self, kernel: Any, record: int, pieces: int) -> None:
+        """Run a compiled function, `void(record *)`, on all of them, or on as many as there are pieces of work, and
+        wait. `record` is an address."""
+        self._parallel(kernel.address, record, min(pieces, torch.get_num_threads()), 0)

@@ -1,8 +1,8 @@
 """Attention of one token per row over KV pages where they lie: compiled, for CPUs, in float32.
 
 torch's attention wants the pages of a row side by side, and copying them there costs more than attending: a row's keys
-and values are then read from memory, written and read again. Here they are read once. Rows are taken one after the
-other by whichever thread is free.
+and values are then read from memory, written and read again. Here they are read once. Rows, or where there are few of
+them shares of their heads, are taken one after the other by whichever thread is free.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from server.model.compiled import COMPILED, TorchThreads, floats, integers, take
 
 _CALL = np.dtype(
     [
-        ("taken", np.int64),  # rows
+        ("taken", np.int64),  # shares of rows
         ("rows", np.int64),
+        ("shares", np.int64),  # of a row's KV heads
         ("num_tokens", np.int64),
         ("heads", np.int64),
         ("kv_heads", np.int64),
@@ -41,16 +42,17 @@ _CALL = np.dtype(
         ("softcap", np.float32),  # 0: none
     ]
 )
+_MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _score(query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> None:
-    """scaling · q kᵀ, capped, for the tokens of a page: `scores` `[heads, tokens]`."""
+def _score(first: int, stop: int, query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> None:
+    """scaling · q kᵀ, capped, for KV heads from the first on and the tokens of a page: `scores` `[heads, tokens]`."""
     tokens, kv_heads, head_dim = keys.shape
     repeats = query.shape[0] // kv_heads
     for token in range(tokens):
-        for kv_head in range(kv_heads):
+        for kv_head in range(first, stop):
             for head in range(kv_head * repeats, (kv_head + 1) * repeats):
                 score = np.float32(0)
                 for at in range(head_dim):
@@ -74,12 +76,12 @@ def _softmax(scores: Any, sink: Any) -> None:
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _add_values(weights: Any, values: Any, output: Any) -> None:
+def _add_values(first: int, stop: int, weights: Any, values: Any, output: Any) -> None:
     """Add the weighted values of a page's tokens: `weights` `[heads, tokens]`, `output` `[heads, head_dim]`."""
     tokens, kv_heads, head_dim = values.shape
     repeats = output.shape[0] // kv_heads
     for token in range(tokens):
-        for kv_head in range(kv_heads):
+        for kv_head in range(first, stop):
             for head in range(kv_head * repeats, (kv_head + 1) * repeats):
                 weight = weights[head, token]
                 for at in range(head_dim):
@@ -88,9 +90,10 @@ def _add_values(weights: Any, values: Any, output: Any) -> None:
 
 @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
 def _attend(pointer: Any) -> None:
-    """What each thread runs: rows, as long as there are any."""
+    """What each thread runs: shares of rows, as long as there are any."""
     call = carray(pointer, 1)[0]
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
+    repeats = heads // call.kv_heads
     page_shape = (call.num_pages, size, call.kv_heads, head_dim)
     keys, values = carray(floats(call.keys), page_shape), carray(floats(call.values), page_shape)
     lengths, tokens = carray(integers(call.lengths), rows), carray(integers(call.tokens), rows)
@@ -98,23 +101,25 @@ def _attend(pointer: Any) -> None:
     queries = carray(floats(call.query), (call.num_tokens, heads, head_dim))
     output = carray(floats(call.output), (call.num_tokens, heads, head_dim))
     scores = np.empty((heads, size * call.table_width), np.float32)
-    row = take_unit(pointer)
-    while row < rows:
+    share = take_unit(pointer)
+    while share < rows * call.shares:
+        row, part = share // call.shares, share % call.shares
+        heads_from, heads_to = part * call.kv_heads // call.shares, (part + 1) * call.kv_heads // call.shares
         token, length, pages = tokens[row], lengths[row], tables[row]
         first = max(0, length - call.window) if call.window > 0 else 0
         for place in range(first // size, (length + size - 1) // size):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = keys[pages[place], start - place * size : stop - place * size]
-            _score(queries[token], page, scores[:, start:stop], call.scaling, call.softcap)
-        for head in range(heads):
+            _score(heads_from, heads_to, queries[token], page, scores[:, start:stop], call.scaling, call.softcap)
+        for head in range(heads_from * repeats, heads_to * repeats):
             sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
             _softmax(scores[head, first:length], sink)
-        output[token] = 0
+            output[token, head] = 0
         for place in range(first // size, (length + size - 1) // size):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = values[pages[place], start - place * size : stop - place * size]
-            _add_values(scores[:, start:stop], page, output[token])
-        row = take_unit(pointer)
+            _add_values(heads_from, heads_to, scores[:, start:stop], page, output[token])
+        share = take_unit(pointer)
 
 
 class DecodeKernel:
@@ -142,11 +147,13 @@ class DecodeKernel:
         num_tokens, heads, head_dim = query.shape
         num_pages, page_size, kv_heads, _ = keys.shape
         query, sinks = query.contiguous(), options.sinks
+        shares = 1 if len(group.lengths) >= _MANY_ROWS else kv_heads
         tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
         call = np.array(
             (
                 0,
                 len(tables),
+                shares,
                 num_tokens,
                 heads,
                 kv_heads,
@@ -168,4 +175,4 @@ class DecodeKernel:
             ),
             dtype=_CALL,
         )
-        self._threads.run(_attend, call.ctypes.data)
+        self._threads.run(_attend, call.ctypes.data, len(tables) * shares)

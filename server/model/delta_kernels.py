@@ -152,7 +152,7 @@ class DeltaKernels:
             *_place(first),
             *_place(second),
         )
-        self._threads.run(kernel, self._address)
+        self._threads.run(kernel, self._address, count)
 
 
 def _place(rows: Rows | TokenRows) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.nn import functional
 
 from server.model import products
 from server.model.sites import Sites
+
+if TYPE_CHECKING:
+    from server.model.layer_kernels import LayerKernels
 
 _TOLERANCE = {torch.float32: 1e-5}  # of the largest value
 _LOW_PRECISION_TOLERANCE = 2e-2
@@ -29,21 +32,25 @@ _ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN
     ("gelu", "none"): functional.gelu,
     ("relu", ""): functional.relu,
 }
+RmsNorm = Callable[[Tensor, Tensor, float], Tensor]  # of inputs, with a scale and an epsilon
+Rotation = Callable[..., tuple[Tensor, Tensor]]  # `rotate`
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function that rotates queries and keys
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, sites: Sites) -> None:
+def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None) -> None:
     """Replace the forward of modules for which a faster equal form is known."""
     dtype = next(model.parameters()).dtype
+    rms_norm = _rms_norm if kernels is None else kernels.rms_norm
+    rotation = rotate if kernels is None else kernels.rotate
     for name, module in model.named_modules():
-        for candidate, width in [*_norms(module), *_gated_mlps(name, module, sites)]:
+        for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites)]:
             inputs = torch.randn(1, 3, width, device=next(module.parameters()).device).to(dtype)
             if all(_agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in _MAGNITUDES):
                 module.forward = candidate
                 break
-        _fuse_rotation(module)
+        _fuse_rotation(module, rotation)
 
 
 def _agree(fused: Tensor, own: Tensor) -> bool:
@@ -55,7 +62,7 @@ def _agree(fused: Tensor, own: Tensor) -> bool:
     )
 
 
-def _norms(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+def _norms(module: nn.Module, rms_norm: RmsNorm) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     """Root mean square norms (Zhang and Sennrich 2019), their weight as it is or, as Gemma has it, less one."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -68,9 +75,13 @@ def _norms(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], int]
     for scale in scales:
 
         def norm(inputs: Tensor, scale: Tensor = scale) -> Tensor:
-            return functional.rms_norm(inputs, scale.shape, scale, epsilon)
+            return rms_norm(inputs, scale, epsilon)
 
         yield norm, len(weight)
+
+
+def _rms_norm(inputs: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+    return functional.rms_norm(inputs, scale.shape, scale, epsilon)
 
 
 def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
@@ -106,15 +117,15 @@ def _known_activation(function: Any) -> tuple[str, str] | None:
     return None
 
 
-def _fuse_rotation(module: nn.Module) -> None:
+def _fuse_rotation(module: nn.Module, rotation: Rotation) -> None:
     """Give an attention module's forward, otherwise as it is, a rotation in fewer passes over memory."""
     forward = type(module).forward
     own = getattr(forward, "__globals__", {}).get(_ROTARY)
-    if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()) or not _rotates_alike(own):
+    if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()) or not _rotates_alike(own, rotation):
         return
     changed = FunctionType(
         forward.__code__,
-        {**forward.__globals__, _ROTARY: rotate},
+        {**forward.__globals__, _ROTARY: rotation},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -123,7 +134,7 @@ def _fuse_rotation(module: nn.Module) -> None:
     module.forward = MethodType(changed, module)
 
 
-def _rotates_alike(own: Any) -> bool:
+def _rotates_alike(own: Any, rotation: Rotation) -> bool:
     """Whether a class's function is `rotate`, in signature and values."""
     if not callable(own) or list(inspect.signature(own).parameters) != list(inspect.signature(rotate).parameters):
         return False
@@ -134,7 +145,7 @@ def _rotates_alike(own: Any) -> bool:
             rotated = own(query, key, cos, sin)
         except (RuntimeError, TypeError, ValueError):
             return width < query.shape[-1]  # one that knows no other width is never asked for it
-        if not all(_agree(fused, given) for fused, given in zip(rotate(query, key, cos, sin), rotated, strict=True)):
+        if not all(_agree(fused, given) for fused, given in zip(rotation(query, key, cos, sin), rotated, strict=True)):
             return False
     return True
 

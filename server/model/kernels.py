@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from server.model.decode_kernel import DecodeKernel
     from server.model.delta_kernels import DeltaKernels
+    from server.model.layer_kernels import LayerKernels
 
 
 logger = logging.getLogger("medley.kernels")
@@ -20,6 +21,7 @@ class Kernels(NamedTuple):
 
     decode: DecodeKernel
     deltas: DeltaKernels
+    layers: LayerKernels
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str]:
@@ -30,8 +32,9 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
         # only where they are used: what is imported here is compiled, at the first start
         from server.model.decode_kernel import DecodeKernel  # noqa: PLC0415
         from server.model.delta_kernels import DeltaKernels  # noqa: PLC0415
+        from server.model.layer_kernels import LayerKernels  # noqa: PLC0415
 
-        return Kernels(DecodeKernel(), DeltaKernels()), "by compiled kernels"
+        return Kernels(DecodeKernel(), DeltaKernels(), LayerKernels()), "by compiled kernels"
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no folder for what numba compiles
-        logger.warning("attention and row deltas run without compiled kernels, more slowly: %s", error)
+        logger.warning("steps run without compiled kernels, more slowly: %s", error)
         return None, "the kernels cannot be had"

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.adapters.deltas import input_scale, low_rank, output_scale
 from server.model import RowDelta, Rows, Segment, Sites, fused
+from server.model.layer_kernels import LayerKernels
 
 WIDTH, INNER = 16, 24
 _TINY: dict[str, Any] = {
@@ -52,9 +53,9 @@ def _model(architecture: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _fuse(model: nn.Module) -> Sites:
+def _fuse(model: nn.Module, kernels: LayerKernels | None = None) -> Sites:
     sites = Sites(model, None)
-    fused.fuse(model, sites)
+    fused.fuse(model, sites, kernels)
     return sites
 
 
@@ -72,20 +73,24 @@ def _forms(model: nn.Module) -> tuple[int, int, int]:
             mlps += 1
         elif hasattr(module, "q_proj") or hasattr(module, "qkv_proj") or hasattr(module, "query_key_value"):
             function: Any = getattr(module.forward, "__func__", None)
-            rotations += function.__globals__["apply_rotary_pos_emb"] is fused.rotate
+            rotation = function.__globals__["apply_rotary_pos_emb"]
+            rotations += rotation is fused.rotate or isinstance(getattr(rotation, "__self__", None), LayerKernels)
         else:
             norms += 1
     return norms, mlps, rotations
 
 
+@pytest.mark.parametrize("kernels", [None, LayerKernels()], ids=["torch", "compiled"])
 @pytest.mark.parametrize("architecture", FORMS)
 @torch.inference_mode()
-def test_the_fused_forms_are_in_place_and_the_logits_are_the_classes_own(architecture: str) -> None:
+def test_the_fused_forms_are_in_place_and_the_logits_are_the_classes_own(
+    architecture: str, kernels: LayerKernels | None
+) -> None:
     model = _model(architecture)
-    token_ids = torch.arange(3, 27).view(2, 12)
+    token_ids = torch.arange(3, 27)[None]
     own = model(token_ids).logits
     assert _forms(model) == (0, 0, 0)
-    _fuse(model)
+    _fuse(model, kernels)
     assert _forms(model) == FORMS[architecture]
     logits = model(token_ids).logits
     assert float((logits - own).abs().max()) <= 1e-5 * float(own.abs().max())

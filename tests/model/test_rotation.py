@@ -77,4 +77,4 @@ def test_a_rotation_of_the_last_dimensions_is_another_one() -> None:
         turned = fused.rotate(q[..., -width:], k[..., -width:], cos, sin, unsqueeze_dim)
         return torch.cat([q[..., :-width], turned[0]], -1), torch.cat([k[..., :-width], turned[1]], -1)
 
-    assert not fused._rotates_alike(last)
+    assert not fused._rotates_alike(last, fused.rotate)
