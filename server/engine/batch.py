@@ -84,7 +84,7 @@ class BatchBuilder:
         self._device = device
         largest = max(KVCache.page_bytes([layer], page_size, shape.dtype) for layer in shape.layers)
         # of a group, at most
-        self._gathered_pages = math.inf if kernels else _GATHER_BYTES[device.type] // largest
+        self._gathered_pages = math.inf if kernels and kernels.decode else _GATHER_BYTES[device.type] // largest
         self._is_varlen = is_varlen
         self._graph_inputs = graph_inputs
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +15,10 @@ from torch import Tensor
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Block, Layout
 from server.engine.packing import MANY_TOKENS, Placed
-from server.model import BaseShape, DeltaKind, Segment, SiteKind, SitePlan, TokenRows
+from server.model import BaseShape, DeltaKind, Segment, SitePlan, TokenRows
+from server.model.kernels import kernel_at
 from server.model.kv_cache import index_tensor
-from server.model.row_deltas import Kernel
-
-if TYPE_CHECKING:
-    from server.model.delta_kernels import DeltaKernels
+from server.model.row_deltas import DeltaBackend, Kernel
 
 _Span = tuple[Resident, slice]  # neighbouring tokens, or neighbouring rows among the logits, of one adapter
 
@@ -41,7 +39,7 @@ class DeltaPlanner:
     the step have the same stacks at the same places, as streams that all decode have.
     """
 
-    def __init__(self, shape: BaseShape, pool: RowPool, kernels: DeltaKernels | None) -> None:
+    def __init__(self, shape: BaseShape, pool: RowPool, kernels: DeltaBackend | None) -> None:
         """`kernels` take the place of kinds where there are any."""
         self._shape = shape
         self._pool = pool
@@ -81,9 +79,7 @@ class DeltaPlanner:
             parts: dict[tuple[bool, bool], list[_Delta]] = {}
             for delta in layout.deltas:
                 site = self._shape.sites[delta.site]
-                kernel = None
-                if self._kernels is not None and site.kind is SiteKind.LINEAR:
-                    kernel = self._kernels.of(delta.kind)
+                kernel = kernel_at(self._shape, self._kernels, delta.site, delta.kind)
                 part = parts.setdefault((site.is_head, delta.kind.is_elementwise), [])
                 part.append(_Delta(delta.site, delta.kind, delta.blocks, kernel))
             templates = [_Template(deltas, *which, self._pool.device) for which, deltas in parts.items()]

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Layout
-from server.model import AttentionPlan, DecodeGroup, KVCache, Segment, SitePlan, TokenRows, VarlenRows
+from server.model import AttentionPlan, DecodeGroup, DeltaKind, KVCache, Segment, SitePlan, TokenRows, VarlenRows
 from server.model.kv_cache import NULL_PAGE
+from server.model.row_deltas import Kernel
 
 logger = logging.getLogger("medley.graphs")
 
@@ -83,13 +84,24 @@ class _IndexedRows(TokenRows):
 class GraphInputs:
     """The inputs of padded steps of one token per row."""
 
-    def __init__(self, cache: KVCache, pool: RowPool, *, max_rows: int, max_length: int, is_varlen: bool) -> None:
-        """`max_length` is the longest context; `is_varlen` whether attention takes `VarlenRows`."""
+    def __init__(
+        self,
+        cache: KVCache,
+        pool: RowPool,
+        *,
+        max_rows: int,
+        max_length: int,
+        is_varlen: bool,
+        kernel_of: Callable[[str, DeltaKind], Kernel | None],
+    ) -> None:
+        """`max_length` is the longest context; `is_varlen` whether attention takes `VarlenRows`; `kernel_of` what
+        computes a kind of delta at a site in its place."""
         device = pool.device
         self._pool = pool
         self._page_size, self._scratch_page = cache.page_size, cache.scratch_page
         self._max_rows = max_rows
         self._is_varlen = is_varlen
+        self._kernel_of = kernel_of
         self._group_pages = _pages_gathered_at_once(cache)
         widest = _power_of_two(-(-max_length // cache.page_size))
         numbers = max_rows * (3 + _MAX_FIRST_ROWS) + -(-max_rows * (1 + widest) // 2) + 1
@@ -176,7 +188,8 @@ class GraphInputs:
                     index = indices[block.width][start : start + block.height]
                     rows.append(_IndexedRows(self._pool.rows(block.width), index.t()))
                 levels = plan.setdefault(site, [[] for _ in range(depth)])
-                levels[level].append(Segment(tokens, kind, tuple(rows), is_each=True))
+                kernel = self._kernel_of(site, kind)
+                levels[level].append(Segment(tokens, kind, tuple(rows), is_each=True, kernel=kernel))
         return plan
 
     def _composition(self, rows: Sequence[DecodeRow]) -> Composition | None:

@@ -6,6 +6,7 @@ On CUDA it looks for the fastest attention that gives the right answers, and ste
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from server.engine.graphs import Composition, DecodeGraphs, GraphInputs
 from server.engine.scheduler import PrefixCopy, Schedule
 from server.model import AttentionPlan, FrozenBase, KVCache, PagedAttention, SitePlan, VarlenAttention
 from server.model.attention import Attention
+from server.model.kernels import kernel_at
 from server.model.kv_cache import index_tensor
 from server.model.varlen_attention import Kernel, find_kernel
 
@@ -42,7 +44,7 @@ class Runner:
             self._kernel, reason = find_kernel(base, cache.page_size)
             self.pad_decode_steps()
             self._graphs = DecodeGraphs(self._run_composition, max_rows)
-        self._reads_in_place = self._kernel is not None or self._compiled is not None
+        self._reads_in_place = self._kernel is not None or bool(self._compiled and self._compiled.decode)
         logger.info("attention %s: %s", "in place" if self._reads_in_place else "over gathered pages", reason)
 
     def pad_decode_steps(self) -> None:
@@ -53,6 +55,7 @@ class Runner:
             max_rows=self._max_rows,
             max_length=self._base.max_model_len,
             is_varlen=self._kernel is not None,
+            kernel_of=partial(kernel_at, self._base.shape, self._compiled and self._compiled.deltas),
         )
 
     def batch_builder(self) -> BatchBuilder:

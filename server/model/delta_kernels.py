@@ -37,8 +37,12 @@ _FIELDS = (
     "rank",  # rows of a block
     "index",  # [tokens, rank]: each token's rows in the pool, seen as rows of the first block's width; 0 where all have
     "first",  # those of one adapter, from this one on
+    "index_stride",  # from token to token
+    "index_step",  # from row to row
     "second_index",
     "second_first",
+    "second_stride",
+    "second_step",
 )
 _RECORD = Struct(f"{len(_FIELDS)}q")
 _CALL_POINTER = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS])))
@@ -55,10 +59,21 @@ def _output(call: Any, unit: int) -> Any:
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _row(call: Any, index: int, first: int, unit: int, rank: int, width: int) -> Any:
+def _row(call: Any, place: Any, unit: int, rank: int, width: int) -> Any:
     """One of a token's rows of a block: `[width]`."""
-    row = integers(index)[unit * call.rank + rank] if index != 0 else first + rank
+    index, first, stride, step = place
+    row = integers(index)[unit * stride + rank * step] if index != 0 else first + rank
     return carray(floats(call.pool + 4 * row * width), width)
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _first_block(call: Any) -> Any:
+    return call.index, call.first, call.index_stride, call.index_step
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _second_block(call: Any) -> Any:
+    return call.second_index, call.second_first, call.second_stride, call.second_step
 
 
 @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
@@ -68,7 +83,7 @@ def _scale(pointer: Any) -> None:
     unit = take_unit(pointer)
     while unit < call.count:
         output = _output(call, unit)
-        change = _row(call, call.index, call.first, unit, 0, call.output_width)
+        change = _row(call, _first_block(call), unit, 0, call.output_width)
         for at in range(len(output)):
             output[at] += output[at] * change[at]
         unit = take_unit(pointer)
@@ -81,7 +96,7 @@ def _shift(pointer: Any) -> None:
     unit = take_unit(pointer)
     while unit < call.count:
         output = _output(call, unit)
-        change = _row(call, call.index, call.first, unit, 0, call.output_width)
+        change = _row(call, _first_block(call), unit, 0, call.output_width)
         for at in range(len(output)):
             output[at] += change[at]
         unit = take_unit(pointer)
@@ -96,8 +111,8 @@ def _low_rank(pointer: Any) -> None:
         inputs = carray(floats(call.inputs + 4 * _token(call, unit) * call.input_stride), call.input_width)
         output = _output(call, unit)
         for rank in range(call.rank):
-            down = _row(call, call.index, call.first, unit, rank, call.input_width)
-            up = _row(call, call.second_index, call.second_first, unit, rank, call.output_width)
+            down = _row(call, _first_block(call), unit, rank, call.input_width)
+            up = _row(call, _second_block(call), unit, rank, call.output_width)
             factor = np.float32(0)
             for at in range(len(inputs)):
                 factor += down[at] * inputs[at]
@@ -110,7 +125,7 @@ _KERNELS = {"scale": _scale, "shift": _shift, "low_rank": _low_rank}
 
 
 class DeltaKernels:
-    """See the module. Used by one thread at a time."""
+    """A `DeltaBackend`; see the module. Used by one thread at a time."""
 
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
@@ -155,6 +170,6 @@ class DeltaKernels:
         self._threads.run(kernel, self._address, count)
 
 
-def _place(rows: Rows | TokenRows) -> tuple[int, int]:
-    """`index` and `first`."""
-    return (0, rows.first) if isinstance(rows, Rows) else (rows.index.data_ptr(), 0)
+def _place(rows: Rows | TokenRows) -> tuple[int, ...]:
+    """`index`, `first`, `index_stride` and `index_step`."""
+    return (0, rows.first, 0, 0) if isinstance(rows, Rows) else (rows.index.data_ptr(), 0, *rows.index.stride())

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from server.model.device_deltas import find_device_deltas
+from server.model.row_deltas import DeltaBackend, DeltaKind, Kernel
+from server.model.sites import SiteKind
+
 if TYPE_CHECKING:
+    from server.model.base import BaseShape
     from server.model.decode_kernel import DecodeKernel
-    from server.model.delta_kernels import DeltaKernels
     from server.model.layer_kernels import LayerKernels
 
 
@@ -19,13 +23,17 @@ logger = logging.getLogger("medley.kernels")
 class Kernels(NamedTuple):
     """All of them."""
 
-    decode: DecodeKernel
-    deltas: DeltaKernels
-    layers: LayerKernels
+    deltas: DeltaBackend
+    decode: DecodeKernel | None = None  # these two on a CPU alone
+    layers: LayerKernels | None = None
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str]:
     """The kernels, or None, and in words which or why not."""
+    if device.type == "cuda":
+        deltas, note = find_device_deltas(device, dtype)
+        logger.info("row deltas %s: %s", "out of copied rows" if deltas is None else "in place", note)
+        return (None if deltas is None else Kernels(deltas)), note
     if device.type != "cpu" or dtype != torch.float32:
         return None, f"no kernels for {dtype} on {device.type}"
     try:
@@ -34,7 +42,12 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
         from server.model.delta_kernels import DeltaKernels  # noqa: PLC0415
         from server.model.layer_kernels import LayerKernels  # noqa: PLC0415
 
-        return Kernels(DecodeKernel(), DeltaKernels(), LayerKernels()), "by compiled kernels"
+        return Kernels(DeltaKernels(), DecodeKernel(), LayerKernels()), "by compiled kernels"
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no folder for what numba compiles
         logger.warning("steps run without compiled kernels, more slowly: %s", error)
         return None, "the kernels cannot be had"
+
+
+def kernel_at(shape: BaseShape, kernels: DeltaBackend | None, site: str, kind: DeltaKind) -> Kernel | None:
+    """What computes a kind at a site in its place, if anything does: linear modules alone have such kernels."""
+    return kernels.of(kind) if kernels is not None and shape.sites[site].kind is SiteKind.LINEAR else None

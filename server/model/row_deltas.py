@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class DeltaKind(ABC):  # noqa: B024 - a kind changes inputs or outputs; neither 
     looks_up: bool = False  # its first block has a row for each token id; it gets each token's: [groups, tokens, width]
     is_relative: bool = False  # its change is meant for the base's own output
     is_elementwise: bool = False  # so cheap that many tokens of one adapter may each have a copy of its rows
-    compiled: str | None = None  # the kernel that computes the same, of `server.model.delta_kernels`
+    compiled: str | None = None  # the kernel that computes the same, of a `DeltaBackend`
     by_adapter: bool = False  # its blocks are too large for a copy per token: each adapter is applied by itself
 
     def change_input(self, inputs: Tensor, *blocks: Tensor) -> None:  # noqa: B027 - most change outputs
@@ -67,7 +67,7 @@ class TokenRows:
     """One block of the deltas of several tokens, each with rows of its own: rows of a pool."""
 
     pool: Tensor  # [all rows, width]
-    index: Tensor  # [tokens, rows]; of a block with a row for each token id the first one, [tokens, 1]
+    index: Tensor  # [tokens, rows], any strides; of a block with a row for each token id the first one, [tokens, 1]
 
     @property
     def count(self) -> int:
@@ -88,6 +88,14 @@ Blocks = tuple[Rows, ...] | tuple[TokenRows, ...]
 Kernel = Callable[[Tensor, Tensor, slice | Tensor, Blocks], None]
 """Changes those rows of the second tensor that the third names in place, given the same of the first; both
 `[all, width]`."""
+
+
+class DeltaBackend(Protocol):
+    """What computes kinds at linear modules in their place; each sort of device has its own. Rows of zeros change
+    nothing."""
+
+    def of(self, kind: DeltaKind) -> Kernel | None:
+        """The kernel that computes the same as `kind`; None where there is none."""
 
 
 class Segment(NamedTuple):

@@ -13,12 +13,15 @@ from server.adapters import Resident, RowPool
 from server.adapters.resident import Layout
 from server.engine.batch import StepBatch
 from server.engine.engine import Engine
-from server.engine.graphs import DecodeRow, GraphInputs, padded_rows
+from server.engine.graphs import DecodeRow, GraphInputs, StaticBatch, padded_rows
 from server.engine.protocol import Generate
 from server.engine.scheduler import Schedule
-from server.model import FrozenBase, KVCache, LayerShape
+from server.model import FrozenBase, KVCache, LayerShape, Segment, SiteKind, SitePlan
+from server.model.device_deltas import DeviceDeltas
+from server.model.kernels import Kernels
 from tests.engine.conftest import ARCHITECTURE
 from tests.harness import Result, greedy, make_engine, request, run
+from tests.model.slow_deltas import SLOW_LAUNCHES
 from tests.model.slow_varlen import slow_kernel
 from tests.reference.bases import VOCABULARY, tiny_base
 
@@ -129,6 +132,47 @@ def test_attention_that_reads_pages_answers_as_the_gathered_one(base: FrozenBase
     assert any(batch.attention.varlen is not None for batch in padded)
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("deltas", [None, DeviceDeltas(SLOW_LAUNCHES, torch.device("cpu"))], ids=["torch", "device"])
+def test_steps_with_the_kernels_of_a_device_answer_as_those_of_a_cpu(
+    base: FrozenBase,
+    tasks: dict[str, Path],
+    deltas: DeviceDeltas | None,
+    is_padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = _requests(tasks)[::2]
+    expected = _results(make_engine(base), requests)
+    monkeypatch.setattr(base, "kernels", deltas and Kernels(deltas))
+    engine = make_engine(base)
+    padded = _pad(engine) if is_padded else []
+    assert not engine._runner._reads_in_place, "pages are zeroed where attention gathers them"
+    _assert_alike(_results(engine, requests), expected)
+    assert bool(padded) == is_padded
+
+
+def test_linear_modules_of_padded_steps_are_left_to_kernels(base: FrozenBase, tasks: dict[str, Path]) -> None:
+    engine = make_engine(base)
+    padded = _pad(engine)
+    segments: list[tuple[str, Segment]] = []
+    inputs = engine._runner._inputs
+    assert inputs is not None
+    own = inputs.deltas
+
+    def watched(static: StaticBatch) -> SitePlan:
+        plan = own(static)
+        segments.extend((site, each) for site, levels in plan.items() for level in levels for each in level)
+        return plan
+
+    inputs.deltas = watched  # type: ignore[method-assign]
+    _results(engine, _requests(tasks)[6:14])
+    assert padded
+    for site, segment in segments:
+        is_linear = base.shape.sites[site].kind is SiteKind.LINEAR
+        assert (segment.kernel is not None) == (is_linear and segment.kind.compiled is not None)
+    assert {segment.kind.compiled for _, segment in segments} >= {"scale", "low_rank"}
+
+
 def test_the_null_page_and_pool_row_0_stay_zero(base: FrozenBase, tasks: dict[str, Path]) -> None:
     engine = make_engine(base)
     _pad(engine)
@@ -141,7 +185,7 @@ def test_the_null_page_and_pool_row_0_stay_zero(base: FrozenBase, tasks: dict[st
 def test_steps_that_differ_in_tasks_only_have_one_composition_and_one_memory() -> None:
     pool = RowPool(10**4, 8, dtype=torch.float32, device=torch.device("cpu"))
     cache = KVCache([LayerShape(1, 8)], 9, 4, dtype=torch.float32, device=torch.device("cpu"))
-    inputs = GraphInputs(cache, pool, max_rows=24, max_length=32, is_varlen=True)
+    inputs = GraphInputs(cache, pool, max_rows=24, max_length=32, is_varlen=True, kernel_of=lambda site, kind: None)
     layout = Layout(None, ())
 
     def rows(count: int, shift: int) -> list[DecodeRow]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from server.adapters.deltas import input_scale, low_rank, output_scale, shift
 from server.model import DeltaKind, Rows, Segment, TokenRows
 from server.model.delta_kernels import DeltaKernels
+from server.model.delta_trial import worst_difference
 from server.model.row_deltas import apply_levels
 
 WIDTH, RANK, TOKENS = 24, 3, 40
@@ -74,3 +75,8 @@ def test_inputs_may_lie_apart() -> None:
 
 def test_other_kinds_have_none() -> None:
     assert DeltaKernels().of(DeltaKind()) is None
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "low_rank"])
+def test_they_pass_the_trial_of_a_devices_kernels(name: str) -> None:
+    assert worst_difference(DeltaKernels(), name, torch.float32, torch.device("cpu")) < 1e-5
