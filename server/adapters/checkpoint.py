@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ _DESCRIPTIVE = {
 }
 
 
+@dataclass
+class _Expanded:
+    """What all parts of a checkpoint have made of their tensors."""
+
+    room: int | None  # bytes
+    bytes: int = 0
+
+
 class Checkpoint:
     """One adapter's config and tensors, the tensors cast to the base's dtype as they are taken."""
 
@@ -73,8 +82,7 @@ class Checkpoint:
         self.parameters = sum(tensor.numel() for tensor in tensors.values())
         self._dtype = dtype
         self._left = dict(tensors)
-        self._room = room
-        self._expanded = 0  # bytes
+        self._expanded = _Expanded(room)
 
     @classmethod
     def parse(cls, files: Mapping[str, bytes], dtype: torch.dtype, room: int | None = None) -> Checkpoint:
@@ -114,7 +122,7 @@ class Checkpoint:
         return _format_key(self.config)
 
     def part(self, config: dict[str, Any]) -> Checkpoint:
-        """The same tensors and warnings, of which several parts may take theirs, under another config."""
+        """The same tensors, warnings and room, of which several parts may take theirs, under another config."""
         part = copy(self)
         part.config = config
         return part
@@ -165,13 +173,11 @@ class Checkpoint:
 
         Raises `too_large` where they, with those before them, do not fit: a small file must not take the host's memory.
         """
-        self._expanded += values * self._dtype.itemsize
-        if self._room is not None and self._expanded > self._room:
-            message = (
-                f"with what is made of {name} it takes at least {self._expanded} bytes resident; the server's adapter "
-                f"memory is {self._room}"
-            )
-            raise AdapterError("too_large", message, name)
+        made = self._expanded
+        made.bytes += values * self._dtype.itemsize
+        if made.room is not None and made.bytes > made.room:
+            takes = f"with what is made of {name} it takes at least {made.bytes} bytes resident"
+            raise AdapterError("too_large", f"{takes}; the server's adapter memory is {made.room}", name)
 
     def integer(self, key: str) -> int:
         """A positive whole number of the config."""

@@ -27,6 +27,7 @@ from server.model import BaseShape
 HeadKind = Literal["single", "multiple", "regression"]
 
 _PEFT_TASK = "SEQ_CLS"
+_PEFT_TEXT = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")  # of the last one what fits a decoder at all
 _PEFT_PREFIXES = ("base_model.model.", "base_model.")  # of layer methods; of prompts, which wrap the base only once
 _PEFT_MODULES = ("score", "classifier")
 _HUB_KINDS: dict[Any, HeadKind] = {"classification": "single", "multilabel_classification": "multiple"}
@@ -62,10 +63,15 @@ class ClassificationHead:
 def take_peft_head(checkpoint: Checkpoint, base: BaseShape) -> tuple[ClassificationHead | None, Checkpoint]:
     """The head of a PEFT checkpoint for sequence classification, and what is left for its method to read.
 
-    Raises `AdapterError` (`base_mismatch`) where there should be a head and is none that fits.
+    Raises `AdapterError`: `base_mismatch` where there should be a head and is none that fits, `unsupported_method` for
+    a task of another kind (labels of tokens, say), whose head is not served.
     """
-    if checkpoint.config.get("task_type") != _PEFT_TASK:
+    task = checkpoint.config.get("task_type")
+    if task in _PEFT_TEXT:
         return None, checkpoint
+    if task != _PEFT_TASK:
+        message = f"task_type is {task!r}, whose answers are not served here; those of CAUSAL_LM and {_PEFT_TASK} are"
+        raise AdapterError("unsupported_method", message, "task_type")
     names = [f"{prefix}{module}" for prefix in _PEFT_PREFIXES for module in _PEFT_MODULES]
     name = next((name for name in names if f"{name}.weight" in checkpoint.names), names[0])
     layer = _take_layer(checkpoint, name, None, _state_width(base))

@@ -1,8 +1,9 @@
 """`medley evaluate`: a task's accuracy, exact match, BLEU or ROUGE-L over JSON lines of {"input", "output"}.
 
 With choices it is rank classification: the choice that the server scores highest against the one that the line names.
-Else the server generates, greedily, and the answer is compared with the line's output. Many requests are under way at
-once, so that the server's batch is full; one that is told to come back later does, for a while.
+Of a task with a classification head it is the likeliest label. Else the server generates, greedily, and the answer is
+compared with the line's output. Many requests are under way at once, so that the server's batch is full; one that is
+told to come back later does, for a while.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,10 +31,14 @@ from server.tuning import read_examples
 Metric = Literal["accuracy", "exact_match", "bleu", "rouge"]
 Labels = dict[str, str]  # name → the text that is scored
 Example = tuple[str, str, str]  # input, output, and where they stand
+Found = tuple[list[Json], dict[str, float]]  # the answers, and by metric what they are worth
 
-_FULL, _AWAY = 429, 503
-_MOST_RETRY_SECONDS = 30.0
-_PATIENCE_SECONDS = 60.0  # with one request that the server cannot answer now; one that is full comes to each in time
+_PATIENCE_SECONDS = {  # with one request, by the status that it is answered with
+    429: 600.0,  # full: others are before it, and a queue of long answers takes its time
+    503: 60.0,  # away
+}
+_RETRY_SECONDS = 1.0  # where it is not said when to come back
+_LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 0.1, 30.0
 
 
 def evaluate(
@@ -42,8 +49,8 @@ def evaluate(
     metric: Annotated[
         Metric | None,
         typer.Option(
-            help="Absent: accuracy where there are choices, else exact match, BLEU and ROUGE-L. BLEU is of up to four "
-            "words in a row, so 0 where no answer has four."
+            help="Absent: accuracy where there are choices or a head's labels, else exact match, BLEU and ROUGE-L. "
+            "BLEU is of up to four words in a row, so 0 where no answer has four."
         ),
     ] = None,
     choices: Annotated[
@@ -60,29 +67,71 @@ def evaluate(
     """Measure a task on examples: accuracy and exact match from 0 to 1, BLEU from 0 to 100, ROUGE-L (F) from 0 to 1."""
     if choices and metric not in (None, "accuracy"):
         raise typer.BadParameter(f"{metric} compares generated text; choices are for accuracy", param_hint="--choices")
-    examples = _read(data)[:limit]
-    common: Json = {} if user is None else {"user": user}
-    labels = dict(zip(choices, choices, strict=True)) if choices else {}
-    if not labels and metric in (None, "accuracy"):
-        labels = _labels(task, url)
-    if labels:
-        wanted = [_index_of(output, labels, where) for _, output, where in examples]
-        fields = {**common, "choices": list(labels.values()), "normalize": normalize}
-        answers = _ask(
-            url, task_path(task, "score"), [{"input": given, **fields} for given, *_ in examples], concurrency
-        )
-        right = sum(answer["best"] == index for answer, index in zip(answers, wanted, strict=True))
-        measured = {"accuracy": right / len(examples)}
+    examples = [(example.input, example.output, example.where) for example in read_examples(data)[:limit]]
+    run = _Run(task, url, {} if user is None else {"user": user}, concurrency)
+    if choices:
+        found = _by_choices(run, examples, dict(zip(choices, choices, strict=True)), normalize)
+    elif metric in (None, "accuracy") and (head := run.head_labels(examples[0])):
+        found = _by_head(run, examples, head)
+    elif metric in (None, "accuracy") and (labels := run.labels()):
+        found = _by_choices(run, examples, labels, normalize)
     elif metric == "accuracy":
         raise CommandError(f"'{task}' has no labels to choose from; name them with --choices")
     else:
-        fields = {**common, "temperature": 0} | ({} if max_tokens is None else {"max_tokens": max_tokens})
-        answers = _ask(
-            url, task_path(task, "generate"), [{"input": given, **fields} for given, *_ in examples], concurrency
-        )
-        outputs = [answer["output"] for answer in answers]
-        measured = compare(outputs, [output for _, output, _ in examples], metric)
-    _tell(task, answers, measured, as_json=as_json)
+        found = _by_text(run, examples, metric, max_tokens)
+    _tell(task, *found, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Whom the examples are given to, and how."""
+
+    task: str
+    url: str | None
+    common: Json  # fields of every request
+    concurrency: int
+
+    def ask(self, call: str, examples: Sequence[Example], **fields: Any) -> list[Json]:
+        """The task's answers to one of its calls."""
+        bodies = [{"input": given, **self.common, **fields} for given, *_ in examples]
+        return _ask(self.url, task_path(self.task, call), bodies, self.concurrency)
+
+    def labels(self) -> Labels:
+        """Those of the task's settings."""
+        with Client(self.url) as client:
+            labels: Labels = client.call("GET", task_path(self.task.split("@", maxsplit=1)[0]))["labels"]
+        return labels
+
+    def head_labels(self, example: Example) -> Labels:
+        """Those of the task's classification head, found by asking it; none where it has no such head."""
+        with suppress(CommandError):
+            [answer] = self.ask("classify", [example])
+            return {found["label"]: found["label"] for found in answer.get("labels", [])}
+        return {}
+
+
+def _by_choices(run: _Run, examples: Sequence[Example], labels: Labels, normalize: str) -> Found:
+    """How often the choice that the line names scores highest."""
+    wanted = [wanted_text(output, labels, where) for _, output, where in examples]
+    texts = list(labels.values())
+    answers = run.ask("score", examples, choices=texts, normalize=normalize)
+    right = sum(texts[answer["best"]] == text for answer, text in zip(answers, wanted, strict=True))
+    return answers, {"accuracy": right / len(examples)}
+
+
+def _by_head(run: _Run, examples: Sequence[Example], labels: Labels) -> Found:
+    """How often the label that the line names is the likeliest."""
+    wanted = [wanted_text(output, labels, where) for _, output, where in examples]
+    answers = run.ask("classify", examples)
+    right = sum(answer["best"] == label for answer, label in zip(answers, wanted, strict=True))
+    return answers, {"accuracy": right / len(examples)}
+
+
+def _by_text(run: _Run, examples: Sequence[Example], metric: Metric | None, max_tokens: int | None) -> Found:
+    """What the server generates, compared."""
+    fields = {} if max_tokens is None else {"max_tokens": max_tokens}
+    answers = run.ask("generate", examples, temperature=0, **fields)
+    return answers, compare([answer["output"] for answer in answers], [output for _, output, _ in examples], metric)
 
 
 def compare(outputs: Sequence[str], references: Sequence[str], metric: Metric | None) -> dict[str, float]:
@@ -105,21 +154,22 @@ def compare(outputs: Sequence[str], references: Sequence[str], metric: Metric | 
     return measured
 
 
-def _read(path: Path) -> list[Example]:
-    return [(example.input, example.output, example.where) for example in read_examples(path)]
-
-
-def _labels(task: str, url: str | None) -> Labels:
-    with Client(url) as client:
-        labels: Labels = client.call("GET", task_path(task.split("@", maxsplit=1)[0]))["labels"]
-    return labels
-
-
-def _index_of(output: str, labels: Labels, where: str) -> int:
-    """Which choice a line names, by its label or its text."""
-    for index, names in enumerate(labels.items()):
-        if output.strip() in {name.strip() for name in names}:
-            return index
+def wanted_text(output: str, labels: Labels, where: str) -> str:
+    """The text of the choice that a line names: by its label, else by its text, else by either but for space around."""
+    texts, bare = list(labels.values()), output.strip()
+    for name, names in (
+        (output, list(labels)),
+        (output, texts),
+        (bare, [label.strip() for label in labels]),
+        (bare, [text.strip() for text in texts]),
+    ):
+        found = {text for text, other in zip(texts, names, strict=True) if other == name}
+        if len(found) > 1:
+            raise CommandError(
+                f"{where}: the output {output!r} is more than one of the choices; write it as one has it"
+            )
+        if found:
+            return found.pop()
     raise CommandError(f"{where}: the output {output!r} is none of the choices: {', '.join(labels)}")
 
 
@@ -156,19 +206,29 @@ async def _ask_all(address: Address, path: str, bodies: Sequence[Json], concurre
 
 async def _ask_until_taken(http: httpx.AsyncClient, path: str, body: Json) -> Json:
     """One answer. A server that is full, or cannot answer now, says when to come back; the request is sent again then,
-    unless that is long from now, as for a quota that is used up."""
-    last = time.monotonic() + _PATIENCE_SECONDS
+    unless that is long from now, as for a quota that is used up, or it has been put off for long."""
+    begun = time.monotonic()
     while True:
         response = await http.post(path, json=body)
-        wait = float(response.headers.get("Retry-After", "inf"))
-        is_later = response.status_code == _FULL or (response.status_code == _AWAY and time.monotonic() < last)
-        if not is_later or wait > _MOST_RETRY_SECONDS:
+        wait = _retry_seconds(response.headers.get("Retry-After"))
+        left = begun + _PATIENCE_SECONDS.get(response.status_code, 0.0) - time.monotonic()
+        if wait > min(left, _MOST_RETRY_SECONDS):  # nothing is left where it is answered, or refused for good
             break
         await asyncio.sleep(wait)
     if response.is_error:
         raise refusal(response)
     answer: Json = response.json()
     return answer
+
+
+def _retry_seconds(header: str | None) -> float:
+    """What `Retry-After` says, seconds or a date; never so little that the server is asked without end."""
+    seconds = _RETRY_SECONDS
+    with suppress(ValueError):
+        seconds = parsedate_to_datetime(header or "").timestamp() - time.time()
+    with suppress(ValueError):
+        seconds = int(header or "")
+    return max(seconds, _LEAST_RETRY_SECONDS)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ T-Few (Liu et al., NeurIPS 2022) tunes T5: what comes of its files names T5's mo
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -86,10 +85,10 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols, which are read or refused all the same
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):  # torch's advice is to open it nevertheless
-        raise CommandError(f"{path} is damaged or holds more than weights, and is not opened") from None
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # whatever its reader stumbles over; torch's own advice is to open it nevertheless
+        raise CommandError(f"{path} is damaged or holds more than weights, and is not opened") from error
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):

@@ -156,7 +156,9 @@ _FORM = NormForm(1e-6, is_centred=True)
 
 def _residual_attention() -> RowDelta:
     """Two heads, a prompt of four."""
-    return RowDelta(ResidualAttention(2, _FORM), (torch.randn(8, 6), torch.randn(8, 1), torch.randn(4, 6)))
+    return RowDelta(
+        ResidualAttention(("norm", "qkv"), 2, _FORM), (torch.randn(8, 6), torch.randn(8, 1), torch.randn(4, 6))
+    )
 
 
 _EXTRA_ATTENTION = RowDelta(ExtraAttention(LayerShape(2, 3)), (torch.randn(4, 6), torch.randn(4, 6)))

@@ -14,7 +14,8 @@ from tests.cli.conftest import Medley
 from tests.server_process import ServerProcess, one_line
 
 
-def _write_classifier(base: Path, folder: Path, num_labels: int) -> None:
+def write_classifier(base: Path, folder: Path, num_labels: int) -> None:
+    """A LoRA with a head, saved by PEFT."""
     torch.manual_seed(4)
     config = AutoConfig.from_pretrained(base, num_labels=num_labels)
     classifier = LlamaForSequenceClassification.from_pretrained(base, config=config)
@@ -30,7 +31,7 @@ def test_labels_come_best_first_and_a_regression_is_a_number(
     medley: Medley, server: ServerProcess, base: Path, tmp_path: Path
 ) -> None:
     for task, count in (("three", 3), ("number", 1)):
-        _write_classifier(base, tmp_path / task, count)
+        write_classifier(base, tmp_path / task, count)
         pushed = medley("push", task, str(tmp_path / task))
         assert pushed.returncode == 0, pushed.stderr
     answer = httpx.post(f"{server.url}/v1/tasks/three/classify", json={"input": "a river"}, timeout=60).json()

@@ -14,7 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from server.cli.app import app
-from server.cli.pickles import convert_file, convert_folder
+from server.cli.errors import CommandError
+from server.cli.pickles import convert_file, convert_folder, pickled_tensors
 from tests.golden.adapterhub.reference import HERE
 from tests.server_process import run_medley
 
@@ -168,6 +169,18 @@ def test_a_pickle_that_holds_more_than_weights_is_not_opened(tmp_path: Path) -> 
         assert "is not opened" in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("is_zipped", [True, False])
+def test_a_damaged_pickle_is_said_to_be(tmp_path: Path, is_zipped: bool) -> None:
+    """Of old files torch's reader says anything: that an index is wrong, a key, an argument's type."""
+    path = tmp_path / "adapter.bin"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 5):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CommandError, match="is damaged or holds more"):
+            pickled_tensors(path)
 
 
 def test_what_is_not_converted_is_named(tmp_path: Path) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli.app import app
-from server.cli.evaluate import compare
+from server.cli.errors import CommandError
+from server.cli.evaluate import compare, wanted_text
 from tests.cli.conftest import Medley
+from tests.cli.test_classify import write_classifier
 from tests.server_process import (
+    MEDLEY,
     PATIENCE_SECONDS,
     ServerProcess,
     environment,
@@ -29,7 +36,7 @@ from tests.server_process import (
     upload,
 )
 
-NEVER = "never"
+AWAY, FULL = "away", "full"
 INPUTS = ["The food", "A river", "good price and", "near the station", "an average", "low", "emoji", "serves"]
 
 
@@ -97,6 +104,62 @@ def test_without_choices_it_generates_and_compares(
     assert json.loads(alone.stdout)["metrics"] == {"exact_match": expected["exact_match"]}
 
 
+@pytest.mark.parametrize(
+    ("output", "labels", "text"),
+    [
+        ("b", {"a": " b", "b": " a"}, " a"),  # a label before another one's text
+        (" b", {"a": " b", "b": " a"}, " b"),  # as only a text is written
+        ("1", {"0": "1", "1": "0"}, "0"),
+        ("0", {"yes": " 1", "0": " yes"}, " yes"),
+        ("yes", {"no": "yes", " yes": "no"}, "yes"),  # as it stands before what is only like it
+        (" good\n", {"+": " good", "-": " bad"}, " good"),
+        ("+ ", {"+": " good", "-": " bad"}, " good"),
+        ("ja", {"yes": " a", "ja": " a", "no": " b"}, " a"),
+        (" a", {"yes": " a", "ja": " a", "no": " b"}, " a"),
+    ],
+)
+def test_a_line_names_a_choice_by_its_label_else_by_its_text(output: str, labels: dict[str, str], text: str) -> None:
+    assert wanted_text(output, labels, "line 1") == text
+
+
+def test_a_line_that_is_like_two_choices_names_none() -> None:
+    assert wanted_text("a", {"x": "a", "y": " a"}, "line 1") == "a"
+    with pytest.raises(CommandError, match=r"line 1.*more than one"):
+        wanted_text("a ", {"x": "a", "y": " a"}, "line 1")
+
+
+def test_a_classification_head_s_likeliest_labels_are_counted(
+    medley: Medley, server: ServerProcess, base: Path, tmp_path: Path
+) -> None:
+    write_classifier(base, tmp_path / "head", num_labels=3)
+    write_classifier(base, tmp_path / "number", num_labels=1)
+    for name in ("head", "number"):
+        assert upload(server.url, f"{name}-judged", tmp_path / name).status_code == 201
+    path = f"{server.url}/v1/tasks/head-judged/classify"
+    best = [httpx.post(path, json={"input": given}, timeout=PATIENCE_SECONDS).json()["best"] for given in INPUTS]
+    wrong = next(f"LABEL_{at}" for at in range(3) if f"LABEL_{at}" != best[0])
+    data = _lines(tmp_path / "data.jsonl", list(zip(INPUTS, [wrong, *best[1:]], strict=True)))
+    for options in ((), ("--metric", "accuracy")):
+        result = medley("evaluate", "head-judged", data, "--json", *options)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["metrics"] == {"accuracy": 7 / 8}
+    other = _lines(tmp_path / "other.jsonl", [("a", "LABEL_3")])
+    assert "none of the choices: LABEL_" in one_line(medley("evaluate", "head-judged", other).stderr)
+    assert "no labels" in one_line(medley("evaluate", "number-judged", data, "--metric", "accuracy").stderr)
+
+
+def test_labels_of_one_text_are_one_choice(medley: Medley, server: ServerProcess, task: str, tmp_path: Path) -> None:
+    """The server can prefer one of them only by chance."""
+    labels = {"labels": {"first": " good", "same": " good", "other": " zzzzzzzz"}}
+    httpx.put(f"{server.url}/v1/tasks/{task}", json=labels, timeout=PATIENCE_SECONDS).raise_for_status()
+    best = _score(server, task, input="The food")["best"]
+    data = _lines(tmp_path / "data.jsonl", [("The food", name) for name in ("first", "same", "other")])
+    result = medley("evaluate", task, data, "--json")
+    httpx.put(f"{server.url}/v1/tasks/{task}", json={"labels": None}, timeout=PATIENCE_SECONDS).raise_for_status()
+    wanted = 2 / 3 if best < 2 else 1 / 3
+    assert json.loads(result.stdout)["metrics"] == {"accuracy": pytest.approx(wanted)}
+
+
 def test_metrics_of_known_texts() -> None:
     same = compare(["the cat sat on the mat"], [" the cat sat on the mat\n"], None)
     assert same == {"exact_match": 1.0, "bleu": pytest.approx(100), "rougeL": pytest.approx(1)}
@@ -146,21 +209,23 @@ def test_data_is_read_without_the_training_s_libraries(tmp_path: Path) -> None:
 
 
 class _Busy(BaseHTTPRequestHandler):
-    """Answers each input only when it is asked the second time, and one never."""
+    """Answers each input only when it is asked the second time, and some never."""
 
     asked: ClassVar[Counter[str]] = Counter()
+    refusals: ClassVar[dict[str, int]] = {AWAY: 503, FULL: 429}
+    retry_after: ClassVar[str | None] = "0"
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked[body["input"]] += 1
-        is_away = body["input"] == NEVER
-        is_later = is_away or self.asked[body["input"]] == 1
-        error = {"message": "it cannot be loaded", "code": "adapter_unavailable"}
-        answer = {"error": error} if is_later else {"output": body["input"], "medley": {"version": 2}}
+        given = body["input"]
+        self.asked[given] += 1
+        is_later = given in self.refusals or self.asked[given] == 1
+        error = {"message": "not now", "code": "adapter_unavailable"}
+        answer = {"error": error} if is_later else {"output": given, "medley": {"version": 2}}
         content = json.dumps(answer).encode()
-        self.send_response(503 if is_away else 429 if is_later else 200)
-        if is_later:
-            self.send_header("Retry-After", "0")
+        self.send_response(self.refusals.get(given, 429) if is_later else 200)
+        if is_later and self.retry_after is not None:
+            self.send_header("Retry-After", self.retry_after)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -171,6 +236,7 @@ class _Busy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def busy() -> Iterator[str]:
+    _Busy.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Busy) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -179,21 +245,91 @@ def busy() -> Iterator[str]:
         thread.join()
 
 
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each wait would have been."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("server.cli.evaluate.asyncio.sleep", sleep)
+    return waits
+
+
+def _exact_match(url: str, folder: Path, *inputs: str) -> Result:
+    data = _lines(folder / "data.jsonl", [(given, given) for given in inputs])
+    return CliRunner().invoke(app, ["evaluate", "any", data, "--metric", "exact_match", "--json", "--url", url])
+
+
 def test_a_full_server_is_asked_again_when_it_says(busy: str, tmp_path: Path) -> None:
-    data = _lines(tmp_path / "data.jsonl", [(given, given) for given in INPUTS])
-    result = run_medley("evaluate", "any", data, "--metric", "exact_match", "--json", "--url", busy)
-    assert result.returncode == 0, result.stderr
+    result = _exact_match(busy, tmp_path, *INPUTS)
+    assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["metrics"] == {"exact_match": 1.0}
-    assert {given: _Busy.asked[given] for given in INPUTS} == dict.fromkeys(INPUTS, 2)
+    assert dict(_Busy.asked) == dict.fromkeys(INPUTS, 2)
 
 
-def test_one_that_never_answers_is_given_up(busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.cli.evaluate._PATIENCE_SECONDS", 0.2)
-    data = _lines(tmp_path / "data.jsonl", [(NEVER, "x")])
-    result = CliRunner().invoke(app, ["evaluate", "any", data, "--metric", "exact_match", "--url", busy])
+@pytest.mark.parametrize("never", [AWAY, FULL])
+def test_one_that_never_answers_is_given_up(
+    busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: str
+) -> None:
+    monkeypatch.setattr("server.cli.evaluate._PATIENCE_SECONDS", {429: 0.3, 503: 0.3})
+    result = _exact_match(busy, tmp_path, never)
     assert result.exit_code == 1
-    assert str(result.exception) == "it cannot be loaded (adapter_unavailable)"
-    assert _Busy.asked[NEVER] > 1
+    assert str(result.exception) == "not now (adapter_unavailable)"
+    assert _Busy.asked[never] > 1
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7, 7),
+        (formatdate(time.time() + 3600 * 24 * 365 * 80, usegmt=True), None, None),  # not while the tests run
+        (formatdate(0, usegmt=True), 0.01, 1),
+        ("0", 0.01, 1),
+        ("-4", 0.01, 1),
+        ("soon", 0.01, 5),
+        (None, 0.01, 5),
+        ("31", None, None),
+    ],
+)
+def test_it_comes_back_when_it_was_told_to_unless_that_is_long_from_now(
+    busy: str,
+    tmp_path: Path,
+    slept: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    header: str | None,
+    least: float | None,
+    most: float | None,
+) -> None:
+    monkeypatch.setattr(_Busy, "retry_after", header)
+    result = _exact_match(busy, tmp_path, "x")
+    if least is None or most is None:
+        assert (result.exit_code, slept, _Busy.asked["x"]) == (1, [], 1)
+    else:
+        assert (result.exit_code, _Busy.asked["x"]) == (0, 2)
+        assert least <= slept[0] <= most
+
+
+def test_a_terminal_sees_a_bar_and_a_pipe_does_not(busy: str, tmp_path: Path) -> None:
+    data = _lines(tmp_path / "data.jsonl", [(given, given) for given in INPUTS])
+    command = [MEDLEY, "evaluate", "any", data, "--metric", "exact_match", "--json"]
+    master, terminal = os.openpty()
+    told = environment(MEDLEY_URL=busy, TERM="xterm", COLUMNS="80")
+    process = subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=terminal)
+    os.close(terminal)
+    shown = bytearray()
+    with suppress(OSError):  # Linux's end of a terminal that nobody has open any more
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, shown
+    assert b"examples" in shown
+    assert b"8/8" in shown
+    assert json.loads(printed)["examples"] == 8
+    piped = run_medley("evaluate", "any", data, "--metric", "exact_match", "--url", busy)
+    assert (piped.returncode, piped.stderr) == (0, "")
 
 
 def test_show_neighbours_lists_each_virtual_token(

@@ -19,14 +19,13 @@ from server.adapters import Checkpoint, read_adapter
 from server.adapters.checkpoint import HEAD_WEIGHTS_FILE, HUB_WEIGHTS_FILE
 from server.errors import AdapterError
 from server.model import FrozenBase
+from tests.golden.adapterhub.modules import low_rank, under
 from tests.golden.adapterhub.reference import HERE
 from tests.harness import Result, greedy, make_engine, request, run
 from tests.reference.adapters import CAUSAL, save_adapter
 
-SERVED = ("base", "lora", "lora_everywhere", "ia3", "ia3_everywhere", "prefix", "prefix_flat")
+SERVED = ("base", "lora", "lora_everywhere", "dora", "vera", "ia3", "ia3_everywhere", "prefix", "prefix_flat")
 REFUSED = {
-    "dora": "use_dora",
-    "vera": "vera_d",
     "lora_gating": "use_gating",
     "prefix_gating": "use_gating",
     "prefix_relu_leave_out": "leave_out",
@@ -120,6 +119,63 @@ def test_a_file_from_before_alpha_was_trained_with_is_served_without_it(base: Fr
     old = read_adapter(Checkpoint.open(folder, base.dtype), base.shape)
     site = "model.layers.0.self_attn.q_proj"
     torch.testing.assert_close(new.deltas[site].blocks[1], old.deltas[site].blocks[1] * (6 / 4))
+
+
+def _changed_weights(folder: Path, draw: torch.Generator) -> dict[str, Tensor]:
+    """Magnitudes beside a case's tensors, with `use_dora` in its config."""
+    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    _change_config(folder, config={**config, "use_dora": True})
+    tensors = load_file(folder / HUB_WEIGHTS_FILE)
+    for key in [key for key in tensors if key.endswith(".vera_B")]:
+        tensors[key.replace("vera_B", "m.weight")] = torch.empty(32, 1).uniform_(0.5, 2, generator=draw)
+    save_file(tensors, folder / HUB_WEIGHTS_FILE)
+    return tensors
+
+
+def test_vera_with_magnitudes_is_the_library_s_formula_and_its_bias_is_scaled(tmp_path: Path) -> None:
+    """DvoRA, of which no answers are stored; over a base with biases, which stored ones do not have."""
+    draw = torch.Generator().manual_seed(5)
+    folder = Path(shutil.copytree(HERE / "cases" / "vera", tmp_path / "dvora"))
+    tensors = _changed_weights(folder, draw)
+    model = AutoModelForCausalLM.from_pretrained(HERE / "base", attention_bias=True, attn_implementation="eager")
+    site = "model.layers.1.self_attn.q_proj"
+    model.get_submodule(site).bias.data.normal_(generator=draw)
+    biased = FrozenBase(model)
+    adapter = read_adapter(Checkpoint.open(folder, biased.dtype), biased.shape)
+    delta = adapter.deltas[site]
+    assert delta.kind.is_relative
+    weight, bias = biased.shape.weight(site), biased.shape.bias(site)
+    x = torch.empty(7, 32).normal_(generator=draw)
+    y = torch.nn.functional.linear(x, weight, bias)
+    own = under(tensors, f"{site}.loras.task.")
+    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    expected = low_rank(config, own, under(tensors, "model.shared_parameters.task."), weight, x, y)
+    changed = y.clone()[None]
+    delta.kind.change_output(x[None], changed, *[block[None] for block in delta.blocks])
+    torch.testing.assert_close(changed[0], expected)
+    assert not torch.allclose(expected, y, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "says", "changes"),
+    [
+        ("ia3", "unsupported_method", "use_dora", {"use_dora": True}),
+        ("vera", "base_mismatch", "different widths", {"attn_matrices": ["q", "k"]}),
+        ("vera", "bad_config", "leave_out", {"leave_out": [0, 1, 2]}),
+        ("vera", "base_mismatch", "lora_A", {"vera_d": 1, "vera_b": 0}),  # to the library a LoRA
+        ("dora", "base_mismatch", "m.weight", {"use_dora": False}),
+        ("lora", "base_mismatch", "m.weight", {"use_dora": True}),
+    ],
+)
+def test_a_kin_of_lora_that_does_not_fit_its_config_is_refused(
+    base: FrozenBase, tmp_path: Path, case: str, code: str, says: str, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(HERE / "cases" / case, tmp_path / case))
+    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    _change_config(folder, config={**config, **changes})
+    with pytest.raises(AdapterError, match=says) as caught:
+        _read(folder, base)
+    assert caught.value.code == code
 
 
 def test_a_tensor_that_is_missing_or_left_over_is_named(base: FrozenBase, folder: Path) -> None:

@@ -13,6 +13,7 @@ A model belongs to one stack: the parameters that a library merges into the base
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -200,9 +201,12 @@ class Stacked:
         return None
 
     def _install_low_rank(self, name: str, config: dict[str, Any], tensors: Tensors) -> None:
+        shared = under(tensors, f"model.shared_parameters.{name}.")
         for path in {key.partition(".loras.")[0] for key in tensors if ".loras." in key}:
             module, own = self._model.get_submodule(path), under(tensors, f"{path}.loras.{name}.")
-            change = partial(low_rank, config, own, {}, module.weight)
+            change = partial(low_rank, config, own, shared, module.weight)
+            if config["use_dora"]:
+                change = partial(_as_difference, change, self._base.get_submodule(path))
             change_output(module, change)
 
     def _install_fusion(self, config: dict[str, Any], tensors: Tensors) -> None:
@@ -246,3 +250,9 @@ class Stacked:
     def _shift(self, name: str, vector: Tensor, alpha: Tensor, constant: Tensor) -> None:
         module = self._model.get_submodule(name)
         change_output(module, lambda x, y: y + (x @ alpha.t() + constant) * vector)
+
+
+def _as_difference(change: Callable[[Tensor, Tensor], Tensor], base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What `change` makes of the base's own output, less that output, added to `y`."""
+    own: Tensor = base(x)
+    return y + change(x, own) - own

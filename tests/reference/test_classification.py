@@ -18,9 +18,17 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TaskType,
     get_peft_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    LlamaForSequenceClassification,
+)
 
 from server.adapters import Checkpoint, read_adapter
 from server.engine.engine import Engine
@@ -172,6 +180,24 @@ def test_a_peft_head_that_is_missing_is_named(base: FrozenBase, folders: dict[st
     with pytest.raises(AdapterError, match=r"score\.weight") as caught:
         read_adapter(checkpoint, base.shape)
     assert caught.value.code == "base_mismatch"
+
+
+@pytest.mark.parametrize("kind", [TaskType.TOKEN_CLS, TaskType.QUESTION_ANS, TaskType.FEATURE_EXTRACTION])
+def test_another_task_of_peft_is_refused_by_its_type(base: FrozenBase, tmp_path: Path, kind: TaskType) -> None:
+    classes = {
+        TaskType.TOKEN_CLS: AutoModelForTokenClassification,
+        TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
+        TaskType.FEATURE_EXTRACTION: AutoModel,
+    }
+    config = AutoConfig.from_pretrained(HERE / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about tiny bases
+        for method in (LoraConfig(task_type=kind), PromptTuningConfig(task_type=kind, num_virtual_tokens=3)):
+            folder = tmp_path / type(method).__name__
+            get_peft_model(classes[kind].from_config(config), method).save_pretrained(folder)
+            with pytest.raises(AdapterError, match=f"task_type is '{kind.value}'") as caught:
+                read_adapter(Checkpoint.open(folder, base.dtype), base.shape)
+            assert (caught.value.code, caught.value.param) == ("unsupported_method", "task_type")
 
 
 @pytest.mark.parametrize(

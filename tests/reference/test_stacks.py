@@ -58,6 +58,7 @@ _PEFT: dict[str, Callable[[], PeftConfig]] = {
 }
 _HUB = {name: GOLDEN / "cases" / name for name in ("seq_bn", "par_bn", "no_original", "compacter")}
 _HUB |= {"hub_prefix": GOLDEN / "cases" / "prefix", "union": GOLDEN / "cases" / "union_ungated"}
+_HUB |= {"hub_dora": GOLDEN / "cases" / "dora", "hub_vera": GOLDEN / "cases" / "vera"}
 
 
 def _own_tensors(base: PreTrainedModel) -> dict[str, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.adapterhub.bottleneck_kind import ACTIVATIONS, Flags, Network
-from server.adapters.adapterhub.compacter import Compacter
+from server.adapters.adapterhub.compacter import MOST_TERMS, Compacter
 from server.adapters.adapterhub.part import HubPart
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.method import Adapter, MethodFacts
@@ -209,6 +209,8 @@ class _Reader:
         if type(terms) is not int or terms < 1 or self.base.embedding_width % terms:
             message = f"phm_dim is {terms!r}; it must be a whole number that divides {self.base.embedding_width}"
             raise AdapterError("bad_config", message, "phm_dim")
+        if terms > MOST_TERMS:
+            raise AdapterError("too_large", f"phm_dim is {terms}; at most {MOST_TERMS} is served", "phm_dim")
         return Compacter(self.checkpoint, self.settings, terms, shared[: shared.index(part) + len(part)])
 
     def _width(self, layer: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.adapters.checkpoint import Checkpoint
 
+MOST_TERMS = 64  # a rule has their number to the third; the paper's largest is 12
 _LEFT, _RIGHT = "_left", "_right"
 
 
@@ -46,7 +47,10 @@ class Compacter:
             is_factorized=bool(settings.get("factorized_phm_W", True)),
             is_shared=is_shared,
         )
-        return torch.stack([torch.kron(a, b) for a, b in zip(rule, weights, strict=True)]).sum(0)
+        matrix = torch.zeros(rows, columns)
+        for left, right in zip(rule, weights, strict=True):  # one term at a time: all of them may take much more
+            matrix += torch.kron(left, right)
+        return matrix
 
     def _product(self, name: str, shape: tuple[int, int, int], *, is_factorized: bool, is_shared: bool) -> Tensor:
         if name in self._shared:

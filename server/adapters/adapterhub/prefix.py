@@ -61,6 +61,7 @@ def take_prefix(part: HubPart, base: BaseShape) -> tuple[KeyValuePrefix, int]:
     if checkpoint.config.get("flat"):
         flat = tensors["control_trans"]
     else:
+        checkpoint.expand("prefix_length", length * total)
         flat = checkpoint.finite(f"{own}control_trans.2.weight", _project(part, tensors).to(base.dtype))
     return KeyValuePrefix(length, layer_entries(flat, length, width), takes_positions=False), repeated
 

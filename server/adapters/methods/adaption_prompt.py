@@ -101,6 +101,8 @@ def _behind_projection(
         raise AdapterError("base_mismatch", message, "target_modules")
     key = f"{KEY_PREFIX}{name}.adaption_"
     prompt = checkpoint.take(f"{key}prompt", (1, length, width))[0]
+    heads = width // shape.head_dim
+    checkpoint.expand(f"{key}prompt", length * (heads * (width + 1) + width))
     delta = residual_attention(base, block, f"{name}.{_JOINT}", prompt, checkpoint.take(f"{key}gate", (1,)))
     for part in delta.blocks:
         checkpoint.finite(f"{key}prompt", part)

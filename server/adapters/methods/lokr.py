@@ -5,7 +5,7 @@ Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", ICLR
 Checkpoint (PEFT `LOKR`): per targeted module `lokr_w1` `[a, c]` and `lokr_w2` `[b, d]` with ab = out and cd = in, each
 whole or as its factors `_a` `[…, rank]` and `_b` `[rank, …]`: y = Wx + b + s (w1 ⊗ w2) x with s = alpha / rank.
 
-It is served exactly and as small as it is, never expanded: (w1 ⊗ w2) x = w1 X w2ᵀ, where X is x as `[c, d]`.
+It is served exactly and never expanded beyond w1 itself: (w1 ⊗ w2) x = w1 X w2ᵀ, where X is x as `[c, d]`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> RowDelta:
         raise AdapterError("base_mismatch", message, f"{key}_w1")
     if len(right) == 2 and rank > min(len(right[0]), right[1].shape[1]):  # then the product is the smaller one
         right = [checkpoint.finite(f"{key}_w2_a", _product(right).to(base.dtype))]
+    checkpoint.expand(f"{key}_w1", len(left[0]) * left[-1].shape[1])
     scaled = _product(left) * module_scaling(checkpoint, name, rank, "alpha")
     return kronecker(checkpoint.finite(f"{key}_w1", scaled.to(base.dtype)), *(each.t() for each in reversed(right)))
 

@@ -38,7 +38,7 @@ PEFT_TYPE = "LORA"
 FACTS = MethodFacts(
     name=NAME,
     mechanism="row delta: low rank",
-    formats=("PEFT LORA", "AdapterHub lora"),
+    formats=("PEFT LORA", "AdapterHub lora, dora, vera, dvora"),
     parameters="r·(in + out) for each targeted module; out more with lora_bias, use_dora, or a trained bias",
     cost="two thin matrix products at each targeted module",
 )
@@ -143,14 +143,14 @@ def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> _Update:
         return _Update(down, up, constant=checkpoint.finite(f"{key}.lora_B.bias", constant * scaling))
     if checkpoint.config.get("use_dora"):
         magnitude = checkpoint.take(f"{key}.lora_magnitude_vector", (site.outputs,))
-        scale = magnitude.float() / _row_norms(base.weight(name), down, up)
+        scale = magnitude.float() / row_norms(base.weight(name), down, up)
         scale = checkpoint.finite(f"{key}.lora_magnitude_vector", scale.to(magnitude.dtype))
         bias = base.bias(name)
         return _Update(down, up, scale, None if bias is None else (1 - scale) * bias.to(scale.device))
     return _Update(down, up)
 
 
-def _row_norms(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def row_norms(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """‖W + up down‖ of each row, `[out]`, in float32; some rows at a time, since W may be large."""
     down, up = (factor.to(weight.device, torch.float32) for factor in (down, up))
     parts = zip(torch.split(weight, _NORM_ROWS), torch.split(up, _NORM_ROWS), strict=True)

@@ -6,8 +6,8 @@ the layer's own c_attn, the score of a key of head i is
 
     q · k / √head_dim = n(r) · s + t,    s = w ⊙ W_qᵢᵀ k / √head_dim,    t = (W_qᵢ b + c_qᵢ) · k / √head_dim
 
-with W_q and c_q the queries' part of c_attn. s and t are kept. An adapter of the same stack that changes this norm or
-c_attn therefore does not change these queries.
+with W_q and c_q the queries' part of c_attn. s and t are kept. They would not know of another adapter's change of this
+norm or of c_attn, so no stack may have one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.model import BaseShape, DeltaKind, NormForm, RowDelta
+from server.adapters.deltas import BaseReader
+from server.model import BaseShape, NormForm, RowDelta
 from server.model.blocks import Block
 
 
 @dataclass(frozen=True)
-class ResidualAttention(DeltaKind):
+class ResidualAttention(BaseReader):
     """`inputs` are the residual stream before the sub-block's norm, `outputs` what the sub-block adds to it."""
 
     heads: int
@@ -59,4 +60,4 @@ def residual_attention(base: BaseShape, block: Block, projection: str, prompt: T
     terms = (keys @ shift.view(heads, head_dim, 1)).flatten(0, 1)  # [heads · len, 1]
     values = gate.double() * (own @ value.t() + value_bias)
     blocks = tuple(part.to(prompt.dtype).contiguous() for part in (factors, terms, values))
-    return RowDelta(ResidualAttention(heads, form), blocks)
+    return RowDelta(ResidualAttention((block.norm, projection), heads, form), blocks)
