@@ -9,6 +9,7 @@ from adapters_store.backup.file import Totals as BackupTotals
 from adapters_store.backup.restore import restore_backup
 from adapters_store.blobs.local import BlobStore, LocalBlobs, StoredBlob
 from adapters_store.blobs.opening import blobs_url, open_blobs
+from adapters_store.blobs.staging import on_threads
 from adapters_store.data_folder import DataFolder
 from adapters_store.errors import (
     BackupDamaged,
@@ -108,6 +109,7 @@ __all__ = [
     "blobs_url",
     "customize_files",
     "id_of",
+    "on_threads",
     "open_blobs",
     "publish_files",
     "restore_backup",

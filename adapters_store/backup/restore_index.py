@@ -49,7 +49,8 @@ class IndexWriter(Scripted):
         with redis_errors():
             while found := await self.redis.srandmember(self.keys.restored, AT_ONCE):
                 names = [str(name) for name in found]
-                async with self.redis.pipeline(transaction=True) as pipeline:
+                # No transaction, which a full Redis refuses. The keys go first: a name is there as long as its key.
+                async with self.redis.pipeline(transaction=False) as pipeline:
                     pipeline.unlink(*(f"{self.keys.restoring}{name}" for name in names))
                     pipeline.srem(self.keys.restored, *names)
                     await pipeline.execute()

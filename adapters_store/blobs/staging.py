@@ -9,17 +9,21 @@ the files hold, and where they go, is not known here.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from adapters_store.errors import StoreFull
+
+Entered = TypeVar("Entered")
 
 
 class Staging:
@@ -104,12 +108,38 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@asynccontextmanager
+async def on_threads(context: AbstractContextManager[Entered]) -> AsyncIterator[Entered]:
+    """`context` for an event loop: entering and leaving it is IO, which may wait for a lock, and is done on threads.
+    It is left also where the caller is cancelled in the middle of either."""
+    entering = asyncio.ensure_future(asyncio.to_thread(context.__enter__))
+    try:
+        entered = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        await asyncio.wait([entering])
+        if entering.exception() is None:
+            await _leave(context, None)
+        raise
+    try:
+        yield entered
+    except BaseException as error:
+        if not await _leave(context, error):
+            raise
+    else:
+        await _leave(context, None)
+
+
+async def _leave(context: AbstractContextManager[Entered], error: BaseException | None) -> bool | None:
+    of_error = (None, None, None) if error is None else (type(error), error, error.__traceback__)
+    return await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(context.__exit__, *of_error)))
+
+
 @contextmanager
 def full_disk_named() -> Iterator[None]:
-    """Raise `StoreFull` for a full file system."""
+    """Raise `StoreFull` for a full file system, a quota, and a limit on the size of a file."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreFull(f"no room is left on the disk of the files: {error}") from error
         raise

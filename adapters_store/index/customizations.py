@@ -14,7 +14,7 @@ from redis.client import NEVER_DECODE
 
 from adapters_store.errors import NotFound
 from adapters_store.index.connection import redis_errors
-from adapters_store.index.packed import pack, unpack
+from adapters_store.index.packed import pack, paid_by, unpack
 from adapters_store.index.scripts import Scripted
 from adapters_store.index.stored import blobs_deleting, size_of
 from adapters_store.records import BY_NOBODY, Change, Customization, NewCustomization
@@ -50,8 +50,24 @@ class CustomizationCalls(Scripted):
 
     async def find_customization(self, user: str, task: str) -> Customization | None:
         """The user's customization of the task, if there is one."""
-        [found] = await self._read(user, [task])
+        found, _ = await self.find_in_task(user, task)
         return found
+
+    async def find_in_task(self, user: str, task: str) -> tuple[Customization | None, float | None]:
+        """As `find_customization`, with the time at which the task was made: None where there is none, and another one
+        than before where it was deleted and made anew."""
+        [found], created = await self._read(user, [task], made=task)
+        return found, None if created is None else float(created)
+
+    async def charged_for(self, user: str, task: str, key_id: str) -> int:
+        """The bytes that the user's customization of the task counts for this API key: 0 where another one pays."""
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("HGET", self.keys.customizations(task), user, **{NEVER_DECODE: True})
+            pipeline.hget(self.keys.payers, key_id)
+            with redis_errors():
+                stored, number = await pipeline.execute()
+        payer, size = (0, 0) if stored is None else paid_by(stored)
+        return size if payer and payer == int(number or 0) else 0
 
     async def list_user_customizations(
         self, user: str, limit: int, after: str | None = None
@@ -62,7 +78,8 @@ class CustomizationCalls(Scripted):
         has_more = True
         while has_more and not found:  # a page of deleted tasks alone would give nothing to go on from
             names, has_more = await self._list_tasks_of(user, limit, after)
-            read = dict(zip(names, await self._read(user, names), strict=True))
+            customizations, _ = await self._read(user, names)
+            read = dict(zip(names, customizations, strict=True))
             if stale := [task for task, customization in read.items() if customization is None]:
                 keys = [self.keys.user(user), *(self.keys.customizations(task) for task in stale)]
                 await self.run("forget_stale", keys, [user, *stale])
@@ -114,16 +131,22 @@ class CustomizationCalls(Scripted):
             names: list[Any] = await self.redis.zrangebylex(self.keys.user(user), low, "+", start=0, num=limit + 1)
         return names[:limit], len(names) > limit
 
-    async def _read(self, user: str, tasks: Sequence[str]) -> list[Customization | None]:
-        """Of each task the user's customization. Packed records are no text: the client is not to decode them."""
+    async def _read(
+        self, user: str, tasks: Sequence[str], *, made: str = ""
+    ) -> tuple[list[Customization | None], str | None]:
+        """Of each task the user's customization; and when the task `made` was made. Packed records are no text: the
+        client is not to decode them."""
         async with self.redis.pipeline(transaction=False) as pipeline:
             for task in tasks:
                 pipeline.execute_command("HGET", self.keys.customizations(task), user, **{NEVER_DECODE: True})
-            pipeline.hgetall(self.keys.words)  # after the rows: it has all that they name
+            # After the rows: the words have all that they name, and a task that is the same still was so then.
+            pipeline.hgetall(self.keys.words)
+            pipeline.hget(self.keys.task(made), "created")
             with redis_errors():
-                *rows, numbers = await pipeline.execute()
+                *rows, numbers, created = await pipeline.execute()
         words = _by_number(numbers)
-        return [None if row is None else unpack(user, task, row, words) for task, row in zip(tasks, rows, strict=True)]
+        found = [None if row is None else unpack(user, task, row, words) for task, row in zip(tasks, rows, strict=True)]
+        return found, created
 
 
 def _by_number(numbers: Mapping[Any, Any]) -> dict[int, str]:

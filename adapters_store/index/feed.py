@@ -90,7 +90,9 @@ class ChangeFeed:
         block = None if wait is None else int(wait * 1000)
         with redis_errors():
             answer: Any = await self._redis.xread({self._keys.feed: position}, count=BATCH, block=block)
-            async with self._redis.pipeline(transaction=True) as pipeline:
+            # No transaction, in which Redis refuses even reads when it is full: an entry that is there still was so
+            # when the others were read, and another index has other entries.
+            async with self._redis.pipeline(transaction=False) as pipeline:
                 pipeline.get(self._keys.index_id)
                 pipeline.xrange(self._keys.feed, position, position)
                 found_id, found_entry = await pipeline.execute()

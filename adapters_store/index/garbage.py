@@ -63,6 +63,16 @@ class GarbageIndex(Scripted):
             seconds, microseconds = await self.redis.time()
         return float(seconds + microseconds / 1e6)
 
+    async def begin(self) -> float:
+        """The time by Redis, for an upload that is about to put its files. Raises what naming them would where Redis
+        takes no writes, so that they are not put for nothing."""
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.setrange(self.keys.nothing, 0, "")
+            pipeline.time()
+            with redis_errors():
+                _, (seconds, microseconds) = await pipeline.execute()
+        return float(seconds + microseconds / 1e6)
+
     async def index_id(self) -> str:
         """The id of the index that stands in Redis now; `StoreUnavailable` where none does."""
         with redis_errors():

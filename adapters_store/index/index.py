@@ -18,6 +18,7 @@ from adapters_store.index.customizations import CustomizationCalls
 from adapters_store.index.feed import ChangeFeed
 from adapters_store.index.garbage import GarbageIndex
 from adapters_store.index.keys import Keys
+from adapters_store.index.scripts import announced
 from adapters_store.index.usage import SharedUsage
 from adapters_store.index.versions import VersionCalls
 from adapters_store.records import BY_NOBODY
@@ -67,7 +68,8 @@ class RedisIndex(VersionCalls, CustomizationCalls):
     async def identify(self) -> str:
         """The id of the index that stands in Redis now, which is a new and empty one if none does."""
         keys = [self.keys.index_id, self.keys.schema, self.keys.feed]
-        index_id, schema = await self.run_change("identify", keys, [secrets.token_hex(16), SCHEMA], BY_NOBODY)
+        arguments = [secrets.token_hex(16), SCHEMA, *announced(BY_NOBODY)]
+        index_id, schema = await self.run("identify", keys, arguments)  # also while away: this is how it comes back
         if schema != SCHEMA:
             raise RedisMisconfigured(
                 f"the index at {self.url} was written by another release: it has layout {schema}, this release reads "

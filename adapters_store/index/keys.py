@@ -41,6 +41,8 @@ class Keys:
         self.deleting = f"{namespace}:deleting"
         """Sorted set, sha256 → minus the time at which this blob's deletion began; once it ended, for a day, when it
         ended. No change may name a blob that may have been deleted after it was put."""
+        self.nothing = f"{namespace}:nothing"
+        """Never there: who writes nothing to it learns whether Redis takes writes."""
         self.garbage_lock = f"{namespace}:garbage_lock"
         """String that expires: held by the server that looks for garbage."""
         self.garbage_pause = f"{namespace}:garbage_pause"

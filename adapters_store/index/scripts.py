@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
 from redis.commands.core import AsyncScript
 
+from adapters_store.errors import StoreUnavailable
 from adapters_store.index.connection import redis_errors
 from adapters_store.index.feed import FEED_LENGTH
 from adapters_store.index.keys import Keys
@@ -27,6 +28,8 @@ class Scripted:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self.redis = redis
         self.keys = keys
+        self.is_away: Callable[[], bool] = lambda: False
+        """Whether Redis is known not to answer; set by who follows the feed."""
         self._scripts: dict[str, AsyncScript] = {}
 
     async def run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
@@ -37,8 +40,14 @@ class Scripted:
             return await self._scripts[script](keys=keys, args=arguments)
 
     async def run_change(self, script: str, keys: list[str], arguments: list[Any], change: Change) -> Any:
-        """As `run`, for a script that announces or records what it changes."""
-        return await self.run(script, keys, [*arguments, FEED_LENGTH, change.actor, change.request_id])
+        """As `run`, for a script that announces or records what it changes; `StoreUnavailable` while `is_away`.
+
+        It is not even sent then: a Redis that stands still would make the change once it goes on, long after its
+        caller was told that it failed.
+        """
+        if self.is_away():
+            raise StoreUnavailable("Redis is away, and changes wait for it; ask again soon")
+        return await self.run(script, keys, [*arguments, *announced(change)])
 
     async def run_raw(self, *command: str | int) -> Any:
         """What a single Redis command answers, with bytes in place of texts: packed records are none."""
@@ -49,6 +58,11 @@ class Scripted:
     def _of_bills(self, task: str) -> list[str]:
         """The last keys of a script that changes what versions count for an API key."""
         return [self.keys.stored_bytes, self.keys.paid(task), self.keys.bills(task)]
+
+
+def announced(change: Change) -> list[Any]:
+    """The last arguments of a script that changes something."""
+    return [FEED_LENGTH, change.actor, change.request_id]
 
 
 @cache

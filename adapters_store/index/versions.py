@@ -16,7 +16,11 @@ from adapters_store.scope import id_of
 
 
 class VersionCalls(TaskCalls):
-    """The part of `RedisIndex` that is about a task's versions and which of them requests get."""
+    """The part of `RedisIndex` that is about a task's versions and which of them requests get.
+
+    A caller that names its `base` (a fingerprint) has no version made for another one put before requests: `Conflict`
+    "base_mismatch". Servers of other bases on the index do so with theirs.
+    """
 
     async def publish(
         self, task: str, new: NewVersion, *, activate: bool, change: Change = BY_NOBODY, begun: float | None = None
@@ -58,44 +62,42 @@ class VersionCalls(TaskCalls):
 
     async def list_versions(self, task: str) -> list[Version]:
         """The task's versions by number, or `NotFound`."""
-        async with self.redis.pipeline(transaction=True) as pipeline:
-            pipeline.exists(self.keys.task(task))
-            pipeline.hgetall(self.keys.versions(task))
-            with redis_errors():
-                answer: list[Any] = await pipeline.execute()
-        exists, rows = answer
-        if not exists:
+        rows: list[str] | None = await self.run("list_versions", [self.keys.task(task), self.keys.versions(task)], [])
+        if rows is None:
             raise NotFound("task", task)
-        return [decode_version(task, number, rows[str(number)]) for number in sorted(map(int, rows))]
+        found = sorted((int(number), stored) for number, stored in zip(rows[::2], rows[1::2], strict=True))
+        return [decode_version(task, number, stored) for number, stored in found]
 
-    async def activate(self, task: str, number: int, *, change: Change = BY_NOBODY) -> Task:
+    async def activate(self, task: str, number: int, *, base: str | None = None, change: Change = BY_NOBODY) -> Task:
         """Make a version the active one and return the task; `NotFound` where either is unknown.
 
         Where it was the canary, there is none after it.
         """
         keys = [self.keys.task(task), self.keys.versions(task), self.keys.activations(task)]
         keys += [self.keys.history(task), self.keys.feed]
-        _check(await self.run_change("activate", keys, [task, number], change), task, number)
+        _check(await self.run_change("activate", keys, [task, number, base or ""], change), task, number)
         return await self.get_task(task)
 
-    async def rollback(self, task: str, *, change: Change = BY_NOBODY) -> Task:
+    async def rollback(self, task: str, *, base: str | None = None, change: Change = BY_NOBODY) -> Task:
         """Make the newest version that was active before the active one, and still exists, the active one again.
 
         What it was rolled back from is none that a further rollback leads to. `NotFound`; `Conflict` "no_previous".
         """
         keys = [self.keys.task(task), self.keys.versions(task), self.keys.activations(task)]
         keys += [self.keys.history(task), self.keys.feed]
-        _check(await self.run_change("rollback", keys, [task], change), task)
+        _check(await self.run_change("rollback", keys, [task, base or ""], change), task)
         return await self.get_task(task)
 
-    async def set_canary(self, task: str, canary: Canary | None, *, change: Change = BY_NOBODY) -> Task:
+    async def set_canary(
+        self, task: str, canary: Canary | None, *, base: str | None = None, change: Change = BY_NOBODY
+    ) -> Task:
         """Let a version have its percent of the requests, in place of an earlier canary; None: there is none.
 
         `NotFound`; `Conflict` "version_active" for the active one, "no_active_version" for a task without one.
         """
         keys = [self.keys.task(task), self.keys.versions(task), self.keys.history(task), self.keys.feed]
         number, percent = ("", "") if canary is None else (canary.version, canary.percent)
-        outcome = await self.run_change("set_canary", keys, [task, number, percent], change)
+        outcome = await self.run_change("set_canary", keys, [task, number, percent, base or ""], change)
         _check(outcome, task, None if canary is None else canary.version)
         return await self.get_task(task)
 
@@ -111,7 +113,10 @@ class VersionCalls(TaskCalls):
 def _check(outcome: str, task: str, number: int | None = None) -> None:
     """Raise what a script refused."""
     name = id_of(task)
+    which = "the version before" if number is None else f"version {number}"
     refusals = {
+        "base_mismatch": f"{which} of task '{name}' was made for another base than this server's; switch to it at a "
+        "server of its base, or upload a version for this one",
         "version_active": f"version {number} is the active one of task '{name}'; activate another one first",
         "version_canary": f"version {number} is the canary of task '{name}'; clear the canary first",
         "no_active_version": f"task '{name}' has no active version; upload or activate one",

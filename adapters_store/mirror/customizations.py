@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from adapters_store.errors import StoreUnavailable
+from adapters_store.errors import Conflict, StoreUnavailable
 from adapters_store.index.customizations import CustomizationCalls
 from adapters_store.index.feed import FeedEvent, Follower
 from adapters_store.records import Customization
@@ -28,26 +28,30 @@ class CustomizationDirectory:
     def __init__(self, index: CustomizationCalls, follower: Follower) -> None:
         self._index = index
         self._follower = follower
-        self._held: OrderedDict[tuple[str, str], Customization | None] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str], tuple[Customization | None, float | None]] = OrderedDict()
         self._tasks_of: dict[str, set[str]] = {}  # of each user that is held
         self._users_of: dict[str, set[str]] = {}  # of each task that is held
         self._changes = 0  # an answer that was under way while this grew may be of before the change
 
-    async def get(self, user: str, task: str) -> Customization | None:
+    async def get(self, user: str, task: str, *, created: float | None = None) -> Customization | None:
         """The user's customization of the task, None without one. `user` and `task` are scoped names.
 
-        `StoreUnavailable` where that is not known here while Redis is away or the feed is not followed.
+        `StoreUnavailable` where that is not known here while Redis is away or the feed is not followed. `Conflict`
+        "changed_meanwhile" where the index no longer has the task that was `created` then, of which the feed has not
+        told yet: its customizations went with it, so that "none" would be said of somebody who had one.
         """
-        if (user, task) in self._held:
+        if (held := self._held.get((user, task))) is not None and created in (None, held[1]):
             self._held.move_to_end((user, task))
-            return self._held[user, task]
+            return held[0]
         if not self._follower.available:
             pair = f"of user '{id_of(user)}' and task '{id_of(task)}'"
             raise StoreUnavailable(f"the customization {pair} is not known here, and Redis cannot be asked")
         changes = self._changes
-        found = await self._index.find_customization(user, task)
+        found, made = await self._index.find_in_task(user, task)
+        if created is not None and made != created:
+            raise Conflict("changed_meanwhile", f"task '{id_of(task)}' was deleted or made anew; ask again")
         if self._changes == changes:
-            self._hold(user, task, found)
+            self._hold(user, task, (found, made))
         return found
 
     def forget(self, user: str, task: str) -> None:
@@ -79,7 +83,8 @@ class CustomizationDirectory:
         self._tasks_of.clear()
         self._users_of.clear()
 
-    def _hold(self, user: str, task: str, found: Customization | None) -> None:
+    def _hold(self, user: str, task: str, found: tuple[Customization | None, float | None]) -> None:
+        """What was found, and when the task was made."""
         self._held[user, task] = found
         self._tasks_of.setdefault(user, set()).add(task)
         self._users_of.setdefault(task, set()).add(user)

@@ -54,9 +54,13 @@ class TaskDirectory:
         return self._connected and self._follower is not None and not self._follower.done()
 
     async def start(self) -> None:
-        """Load all tasks (`StoreUnavailable` if that fails), then follow the feed in a task of its own."""
+        """Load all tasks (`StoreUnavailable` if that fails), then follow the feed in a task of its own.
+
+        From then on until `stop` the index sends no change while Redis is not available.
+        """
         await self._load()
         self._follower = asyncio.create_task(self._follow(), name="change feed")
+        self._index.is_away = lambda: not self.available
 
     async def stop(self) -> None:
         """Stop following, within `FEED_WAIT` or a call's timeout. What is held still answers.
@@ -64,6 +68,7 @@ class TaskDirectory:
         Nothing is cancelled: a call cancelled just as its answer comes would leak its connection in the client's pool.
         """
         self._stopping = True
+        self._index.is_away = lambda: False
         if self._follower is not None:
             await self._follower
 

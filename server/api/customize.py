@@ -22,7 +22,7 @@ from server.api.caller import Caller
 from server.api.publish import CheckedUpload, check_staged, facts_of
 from server.api.resolve import check_servable, naming
 from server.api.services import Services
-from server.errors import AdapterError, QuotaError, RequestError
+from server.errors import AdapterError, RequestError
 
 
 async def read_task(services: Services, task: str) -> TaskState:
@@ -50,12 +50,9 @@ async def check_customization(
         raise AdapterError("unsupported_method", message, "files")
     if state.task.settings.customization is not None:
         _check_limits(state.task.settings.customization, checked)
-    try:
-        await services.quotas.check_room(caller, checked.bytes)
-    except QuotaError:
-        held = await services.index.find_customization(user, state.task.name)
-        if held is None or held.digest != checked.digest:
-            raise
+    await services.quotas.check_room(
+        caller, checked.bytes, lambda: services.index.charged_for(user, state.task.name, caller.key_id)
+    )
     return checked
 
 

@@ -17,6 +17,7 @@
     medley_kv_pages_idle                     cached for whoever may come, given up when pages run short
     medley_bank_capacity_bytes, medley_bank_bytes, medley_bank_adapters   resident adapters
     medley_bank_pinned_bytes                 of adapters that never leave
+    medley_pins_left_out                     pinned tasks that may leave: together they are more than pins may have
     medley_adapter_load_seconds              of an adapter that became resident
     medley_store_errors_total                requests that the task index could not answer
     medley_redis_available                   1 while the index's changes are followed, 0 while Redis is away
@@ -58,6 +59,7 @@ class Metrics:
         self._output_token = _seconds("medley_time_per_output_token_seconds", "Mean of one sequence", registry)
         self._open_requests = Gauge("medley_open_requests", "HTTP requests under way", registry=registry)
         self._redis = Gauge("medley_redis_available", "Whether the index is followed", registry=registry)
+        self._pins_left_out = Gauge("medley_pins_left_out", "Pinned tasks that may leave", registry=registry)
         self._steps = _StepMetrics(registry)
 
     def request(self, task: str, outcome: str) -> None:
@@ -103,8 +105,9 @@ class Metrics:
         """A step has run; the hook of the engine's client."""
         self._steps.observe(stats)
 
-    def render(self, open_requests: int, *, redis_available: bool) -> bytes:
+    def render(self, open_requests: int, *, redis_available: bool, pins_left_out: int) -> bytes:
         """Everything, in Prometheus' text format."""
+        self._pins_left_out.set(pins_left_out)
         self._open_requests.set(open_requests)
         self._redis.set(redis_available)
         return generate_latest(self._registry)

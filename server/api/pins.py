@@ -2,8 +2,9 @@
 
 The mirror says which tasks are pinned, whoever changed that; it is compared with what the engine was told a few times
 a second. Pins have half of the adapter memory, so that other tasks always have room. A call that would pin more is
-refused; where a pinned task's version grew beyond it afterwards, those that no longer fit are left out, last names
-first, and the log says so.
+refused, be it a pin, an upload to a pinned task or a switch of it. Where they are more nevertheless (after a rollback,
+which nothing may stand in the way of, or by another server that has more memory), those that do not fit are left out,
+last names first; the log and the metrics say so.
 """
 
 from __future__ import annotations
@@ -37,19 +38,29 @@ class Pins:
         self._told: list[AdapterRef] = []
         self._left_out: list[str] = []
 
-    async def check(self, facts: BaseFacts, task: str, version: Version | None) -> None:
-        """Refuse to pin the task `task` (scoped) with this version beside what is pinned: `RequestError`
-        `pins_too_large`."""
+    @property
+    def left_out(self) -> int:
+        """How many pinned tasks are not kept, since they do not fit."""
+        return len(self._left_out)
+
+    async def check(self, facts: BaseFacts, task: str, parameters: int) -> None:
+        """Refuse to pin the task `task` (scoped) with a version of so many parameters beside what is pinned:
+        `RequestError` `pins_too_large`."""
         others = [pinned for pinned in await self._pinned(facts) if pinned.task != task]
-        taken = _bytes(others, facts)
-        needed = 0 if version is None else _bytes([version], facts)
+        taken, needed = _bytes(others, facts), parameters * _number_bytes(facts)
         if taken + needed > self._room:
             message = (
-                f"pinned: the active version of task '{id_of(task)}' needs about {needed} bytes, other pinned tasks "
-                f"have {taken}, and pins may have {self._room} together, half of the adapter memory; unpin another "
-                "task, or start the server with more --adapter-memory"
+                f"pinned: the active version of task '{id_of(task)}' would need about {needed} bytes, other pinned "
+                f"tasks have {taken}, and pins may have {self._room} together, half of the adapter memory; unpin it or "
+                "another task, or start the server with more --adapter-memory"
             )
             raise RequestError("pins_too_large", message, "pinned")
+
+    async def check_active(self, facts: BaseFacts, task: str, parameters: int) -> None:
+        """As `check`, for a version that is to be the active one of a task that may be pinned."""
+        known = self._directory.get(task)
+        if known is not None and known.settings.pinned:
+            await self.check(facts, task, parameters)
 
     async def look(self, engine: EngineClient, facts: BaseFacts) -> None:
         """Tell the engine the complete set, if it is another than it knows of."""
@@ -94,4 +105,8 @@ class Pins:
 def _bytes(versions: list[Version], facts: BaseFacts) -> int:
     """About what they take on the device; equal content counts once."""
     parameters = {version.digest: version.parameters for version in versions}
-    return sum(parameters.values()) * _NUMBER_BYTES.get(facts.dtype, 2)
+    return sum(parameters.values()) * _number_bytes(facts)
+
+
+def _number_bytes(facts: BaseFacts) -> int:
+    return _NUMBER_BYTES.get(facts.dtype, 2)

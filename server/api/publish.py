@@ -24,6 +24,7 @@ from adapters_store import (
     StoreError,
     Version,
     adapter_digest,
+    on_threads,
     publish_files,
 )
 from server.api.caller import Caller
@@ -33,7 +34,7 @@ from server.api.services import ServedBase, Services
 from server.api.tenancy import own
 from server.api.uploads import ACCEPTED_FILES, CONFIG_FILE
 from server.engine.protocol import AdapterFacts, AdapterRef
-from server.errors import AdapterError, QuotaError, RequestError
+from server.errors import AdapterError, RequestError
 
 _ID = re.compile(ID_PATTERN)
 
@@ -69,7 +70,8 @@ async def check_staged(services: Services, folder: Path, under: AdapterRef | Non
     except TimeoutError:
         raise RequestError("deadline_exceeded", "the check of the files took too long") from None
     digest, size = await asyncio.to_thread(_identify, folder)
-    return CheckedUpload(digest, facts, size, [*facts.warnings, *_base_warnings(folder, services)])
+    warnings = await asyncio.to_thread(_base_warnings, folder, base.facts.id)
+    return CheckedUpload(digest, facts, size, [*facts.warnings, *warnings])
 
 
 def task_names(services: Services, task: str, facts: AdapterFacts, task_index: int | None = None) -> list[str]:
@@ -97,6 +99,9 @@ async def publish_staged(
     """
     checked = await check_staged(services, folder)
     names = task_names(services, task, checked.facts, task_index)
+    if activate:
+        for name in names:
+            await services.pins.check_active(services.require_base().facts, own(caller, name), checked.facts.parameters)
     if names == [task]:
         if task_index is not None:
             await asyncio.to_thread(write_task_index, folder, task_index)
@@ -105,7 +110,7 @@ async def publish_staged(
     activated = 0
     try:
         for index, name in enumerate(names):
-            with services.blobs.staging() as part:
+            async with on_threads(services.blobs.staging()) as part:
                 await asyncio.to_thread(_copy_files, folder, part)
                 await asyncio.to_thread(write_task_index, part, index)
                 published.append(await _publish(services, caller, name, part, checked, activate=False))
@@ -155,21 +160,23 @@ async def _publish(
 
 async def check_room(services: Services, caller: Caller, task: str, checked: CheckedUpload) -> None:
     """Refuse an upload that the caller's quota has no room for; what the task has already needs none."""
-    try:
-        await services.quotas.check_room(caller, checked.bytes)
-    except QuotaError:
+
+    async def there_already() -> int:
         with suppress(NotFound):
+            base = services.require_base().facts.fingerprint
             versions = await services.index.list_versions(own(caller, task))
-            if any(version.digest == checked.digest for version in versions):
-                return
-        raise
+            if any((found.digest, found.base_fingerprint) == (checked.digest, base) for found in versions):
+                return checked.bytes
+        return 0
+
+    await services.quotas.check_room(caller, checked.bytes, there_already)
 
 
 async def publish_folder(services: Services, task: str, source: Path, *, activate: bool) -> list[tuple[Version, bool]]:
     """Publish a folder of this machine just as an upload of its files would be, for the default tenant; the folder
     stays as it is."""
     check_task_name(services, task)
-    with services.blobs.staging() as folder:
+    async with on_threads(services.blobs.staging()) as folder:
         if not (source / CONFIG_FILE).is_file():
             raise AdapterError("missing_file", f"{CONFIG_FILE} is missing in {source}", "files")
         for name in ACCEPTED_FILES:
@@ -183,10 +190,10 @@ def _copy_files(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _base_warnings(folder: Path, services: Services) -> list[str]:
+def _base_warnings(folder: Path, own: str) -> list[str]:
     """A base of another name is no fault: folders are renamed, and the shapes have been checked."""
     config = msgspec.json.decode((folder / "adapter_config.json").read_bytes())
-    name, own = config.get("base_model_name_or_path"), services.require_base().facts.id
+    name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or Path(name).name == Path(own).name:
         return []
     return [f"base_model_name_or_path is '{name}', this server's base is '{own}'"]

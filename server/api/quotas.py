@@ -70,30 +70,33 @@ class QuotaKeeper:
         return admitted
 
     async def settle(self, admitted: Admitted) -> None:
-        """The request has ended: give its place back and charge what it used. Only the first call does anything."""
+        """The request has ended: charge what it used, then give its place back, so that who gets it finds the charge.
+        Only the first call does anything."""
         if admitted.settled:
             return
         admitted.settled = True
         caller = admitted.caller
+        limit, tokens = caller.quotas.tokens_per_day, caller.bill.tokens
+        if limit is not None and tokens:
+            await self._ask(lambda usage: usage.charge_tokens(caller.key_id, limit, tokens))
         if (lease := admitted.lease) is not None:
             self._held.pop(lease, None)
             await self._local.release(caller.key_id, lease)
             await self._ask(lambda usage: usage.release(caller.key_id, lease))
-        limit, tokens = caller.quotas.tokens_per_day, caller.bill.tokens
-        if limit is not None and tokens:
-            await self._ask(lambda usage: usage.charge_tokens(caller.key_id, limit, tokens))
 
-    async def check_room(self, caller: Caller, more: int) -> None:
-        """Refuse an upload of `more` bytes that the key has no room for. Uploads that are checked at the same time may
-        go beyond the quota together. `StoreUnavailable`: nothing can be uploaded then."""
+    async def check_room(self, caller: Caller, size: int, replaced: Callable[[], Awaitable[int]]) -> None:
+        """Refuse an upload of `size` bytes that the key has no room for. `replaced` is asked for the bytes that the key
+        would get back for what the upload takes the place of. Uploads that are checked at the same time may go beyond
+        the quota together. `StoreUnavailable`: nothing can be uploaded then."""
         limit = caller.quotas.stored_bytes
         if limit is None:
             return
-        stored = await self._shared.stored_bytes(caller.key_id)
-        if stored + more > limit:
+        stored, freed = await self._shared.stored_bytes(caller.key_id), await replaced()
+        if size > freed and stored - freed + size > limit:
+            instead = f" in place of {freed}" if freed else ""
             message = (
                 f"quota exceeded: the API key {caller.key_id} may store {limit} bytes, has {stored}, and this upload "
-                f"has {more}; delete versions or customizations that it uploaded, then ask again"
+                f"has {size}{instead}; delete versions or customizations that it uploaded, then ask again"
             )
             raise QuotaError("stored_bytes", message, _STORED_RETRY_SECONDS)
 

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_store import Conflict, Customization, NotFound, TaskSettings, Version
+from adapters_store import Conflict, Customization, NotFound, Task, TaskSettings, Version
 from server.api.adapter_refs import adapter_of
 from server.api.caller import Caller
 from server.api.services import ServedBase, Services
-from server.api.tenancy import id_of, own, visible
+from server.api.tenancy import id_of, is_own, own, visible
 from server.engine.protocol import AdapterRef
 from server.errors import RequestError
 
 BASE_LABEL = "base"  # of the metrics
+_ATTEMPTS = 5  # each that fails is a task that was deleted and made anew in between
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Target:
     version: Version | None
     user: str | None = None  # as the request says it
     customization: Customization | None = None
+    is_public: bool = False  # another tenant's task, which is public
 
     @property
     def label(self) -> str:
@@ -59,13 +61,16 @@ class Target:
 
     @property
     def medley(self) -> dict[str, Any]:
-        """The response's `medley` block: what was really applied."""
+        """The response's `medley` block: what was really applied. `public` is there where the task is another tenant's:
+        the caller's own may have had the same name and numbers."""
+        shared = {"public": True} if self.is_public else {}
         return {
             "task": None if self.task is None else id_of(self.task),
             "version": None if self.version is None else self.version.number,
             "user": self.user,
             "customization": None if self.customization is None else _applied(self.customization),
             "methods": [layer.method for layer in self.layers],
+            **shared,
         }
 
 
@@ -81,22 +86,38 @@ async def resolve(
         return Target(None, TaskSettings(), None, user)
     scoped_user = None if user is None else own(caller, user, what="user")
     try:
-        pick = caller.request_id if scoped_user is None else scoped_user
-        task, version = await services.directory.resolve(visible(services, caller, name), pick=pick)
+        task, version, customization = await _look_up(services, caller, name, scoped_user)
     except NotFound as error:
         raise not_found(error, param) from None
     except Conflict as error:
         raise RequestError(error.code, str(error), param) from None
-    customization = None
-    if scoped_user is not None:
-        customization = await services.customizations.get(scoped_user, task.name)
-    target = Target(task.name, task.settings, version, user, customization)
+    is_public = not is_own(caller, task.name)
+    target = Target(task.name, task.settings, version, user, customization, is_public)
     for layer in target.layers:
         check_servable(layer, base, param if isinstance(layer, Version) else "user")
     services.last_used.note(task.name)
     if customization is not None:
         services.metrics.customized(customization.mode)
     return target
+
+
+async def _look_up(
+    services: Services, caller: Caller, name: str, user: str | None
+) -> tuple[Task, Version, Customization | None]:
+    """The task, its version and the (scoped) user's customization, all of one task: where the index has it no longer,
+    or another one of its name, and the feed has not told yet, it is read anew."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        pick = caller.request_id if user is None else user
+        task, version = await services.directory.resolve(visible(services, caller, name), pick=pick)
+        if user is None:
+            return task, version, None
+        try:
+            return task, version, await services.customizations.get(user, task.name, created=task.created)
+        except Conflict:
+            if attempt == _ATTEMPTS:
+                raise
+            await services.directory.refresh([task.name])
+    raise AssertionError("the last attempt returns or raises")
 
 
 def check_servable(layer: Version | Customization, base: ServedBase, param: str) -> None:

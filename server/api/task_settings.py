@@ -107,4 +107,4 @@ async def _read(services: Services, task_name: str) -> tuple[TaskSettings, int]:
 async def _check_pin(services: Services, task_name: str) -> None:
     [state] = await services.index.read_tasks([task_name])
     active = None if state is None else state.active
-    await services.pins.check(services.require_base().facts, task_name, active)
+    await services.pins.check(services.require_base().facts, task_name, 0 if active is None else active.parameters)

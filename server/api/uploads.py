@@ -39,28 +39,30 @@ async def receive_files(content_type: str, body: AsyncIterable[bytes], folder: P
             "an upload is multipart/form-data with parts named files: adapter_config.json, adapter_model.safetensors"
         )
         raise RequestError("unsupported_media_type", message)
-    with _Reception(folder, max_bytes) as reception:
-        parser = MultipartParser(options[b"boundary"], reception.callbacks())
-        try:
-            async for chunk in body:
-                if chunk:
-                    parser.write(chunk)
-                    await asyncio.to_thread(reception.write)
-            parser.finalize()
-        except FormParserError as error:
-            raise RequestError("invalid_request", f"the multipart body cannot be read: {error}") from error
-        reception.check()
-        return reception.size
+    reception = _Reception(folder, max_bytes)
+    parser = MultipartParser(options[b"boundary"], reception.callbacks())
+    try:
+        async for chunk in body:
+            if chunk:
+                parser.write(chunk)
+                await asyncio.to_thread(reception.write)
+        parser.finalize()
+    except FormParserError as error:
+        raise RequestError("invalid_request", f"the multipart body cannot be read: {error}") from error
+    finally:
+        await asyncio.to_thread(reception.close)
+    reception.check()
+    return reception.size
 
 
 @dataclass
 class _Part:
-    """The part that is coming in. `file` is None where its content is of no use."""
+    """The part that is coming in. `file` is its file's name, None where its content is of no use."""
 
     header_name: bytes = b""
     header_value: bytes = b""
     disposition: bytes = b""
-    file: IO[bytes] | None = None
+    file: str | None = None
 
 
 @dataclass
@@ -72,15 +74,9 @@ class _Reception:
     size: int = 0
     fault: RequestError | None = None  # the first
     part: _Part = field(default_factory=_Part)
-    files: dict[str, IO[bytes]] = field(default_factory=dict)
-    pending: list[tuple[IO[bytes], bytes]] = field(default_factory=list)
-
-    def __enter__(self) -> _Reception:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self.files.values():
-            file.close()
+    names: set[str] = field(default_factory=set)
+    files: dict[str, IO[bytes]] = field(default_factory=dict)  # open, by name
+    pending: list[tuple[str, bytes]] = field(default_factory=list)
 
     def callbacks(self) -> MultipartCallbacks:
         """For the parser."""
@@ -95,15 +91,22 @@ class _Reception:
 
     def write(self) -> None:
         """Write what the last chunk brought."""
-        for file, data in self.pending:
-            file.write(data)
+        for name, data in self.pending:
+            if name not in self.files:
+                self.files[name] = (self.folder / name).open("wb")
+            self.files[name].write(data)
         self.pending.clear()
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        for file in self.files.values():
+            file.close()
 
     def check(self) -> None:
         """Everything has come: raise what was wrong with it."""
         if self.fault is not None:
             raise self.fault
-        if CONFIG_FILE not in self.files:
+        if CONFIG_FILE not in self.names:
             message = f"{CONFIG_FILE} is missing; upload the files of an adapter's folder: {', '.join(ACCEPTED_FILES)}"
             raise AdapterError("missing_file", message, _FIELD)
 
@@ -133,10 +136,12 @@ class _Reception:
         if refusal is not None:
             self.fault = self.fault or AdapterError("unknown_file", refusal, _FIELD)
             return
-        self.files[name] = self.part.file = (self.folder / name).open("wb")
+        self.part.file = name
+        self.names.add(name)
+        self.pending.append((name, b""))  # a file without content is a file too
 
     def _refusal(self, name: str) -> str | None:
-        if name in self.files:
+        if name in self.names:
             return f"{name} came twice"
         if name in ACCEPTED_FILES:
             return None

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import msgspec
+
 from server.cli.client import Json
 from server.cli.errors import CommandError
 
@@ -26,6 +28,34 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 SETTINGS = ("description", "template", "defaults", "labels", "public", "pinned", "customization")
 """What a task's settings are called, in an answer and in a `PUT` alike."""
+
+
+class _File(msgspec.Struct):
+    name: str
+    sha256: str
+    bytes: int
+
+
+class _Version(msgspec.Struct):
+    version: int
+    digest: str
+    method: str
+    files: list[_File]
+
+
+class _Canary(msgspec.Struct):
+    version: int
+    percent: float
+
+
+class _Manifest(msgspec.Struct):
+    """What is read of a manifest; whether the settings can be a task's is the server's to say."""
+
+    task: str
+    settings: Json
+    versions: list[_Version]
+    active: int | None
+    canary: _Canary | None
 
 
 def member_of(version: int, name: str) -> str:
@@ -86,7 +116,21 @@ class Archive:
         if manifest["medley_export"] != FORMAT:
             form = manifest["medley_export"]
             raise CommandError(f"{self._path} has format {form}, this command reads {FORMAT}; use a newer medley")
+        self._check_fields(manifest)
         return manifest
+
+    def _check_fields(self, manifest: Json) -> None:
+        """`CommandError` names the first field that is missing or wrong."""
+        try:
+            read = msgspec.convert(manifest, _Manifest)
+        except msgspec.ValidationError as error:
+            message = f"{self._path} is damaged: in its {MANIFEST}: {error}; export the task again"
+            raise CommandError(message) from None
+        pointers = {"active": read.active, "canary": None if read.canary is None else read.canary.version}
+        for field, number in pointers.items():
+            if number is not None and number not in {version.version for version in read.versions}:
+                message = f"{self._path} is damaged: in its {MANIFEST}: `{field}` names version {number}"
+                raise CommandError(f"{message}, which it has not; export the task again")
 
 
 @contextmanager

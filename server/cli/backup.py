@@ -36,6 +36,10 @@ def backup(
 
 def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `medley backup` wrote.")],
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Take over a store of another index, whose own files are garbage from then on."),
+    ] = False,
     as_json: AsJson = False,
     redis_url: RedisUrl = None,
     store: Store = None,
@@ -45,7 +49,8 @@ def restore(
 
     Stopped before its end, it has changed nothing that servers see; run it again.
     """
-    totals = asyncio.run(_restore(settings_of(redis_url=redis_url, store=store, data_dir=data_dir), file))
+    settings = settings_of(redis_url=redis_url, store=store, data_dir=data_dir)
+    totals = asyncio.run(_restore(settings, file, adopt=adopt))
     _say("restored", totals, as_json)
 
 
@@ -59,10 +64,10 @@ async def _backup(settings: Settings, file: Path) -> BackupTotals:
             raise CommandError(f"the backup cannot be written: {error}") from error
 
 
-async def _restore(settings: Settings, file: Path) -> BackupTotals:
+async def _restore(settings: Settings, file: Path, *, adopt: bool) -> BackupTotals:
     async with open_store(settings) as (index, blobs):
         try:
-            return await restore_backup(index, blobs, file)
+            return await restore_backup(index, blobs, file, adopt=adopt)
         except OSError as error:
             raise CommandError(f"the backup cannot be restored: {error}") from error
 

@@ -65,6 +65,7 @@ class FakeEngine:
         self.healed: Queue[Healed] = Queue()
         self.facts = FACTS  # of every upload
         self.on_request: Callable[[Generate], None] | None = None  # answers at once, on the engine's thread
+        self.on_inspect: Callable[[Inspect], None] | None = None  # before an upload's check ends, on the same thread
         self._base = base
         self._ours = ours
         self._channel: Channel[ToEngine] = Channel(ours, ToEngine)
@@ -129,4 +130,6 @@ class FakeEngine:
                     self.healed.put(message)
                 case Inspect():
                     self.inspected.put(message)
+                    if self.on_inspect is not None:
+                        self.on_inspect(message)
                     self._send(Inspected(id=message.id, facts=self.facts))

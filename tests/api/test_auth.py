@@ -6,7 +6,7 @@ The calls are taken from the application's own list of routes: one that is not i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from fastapi.routing import iter_route_contexts
+from redis.asyncio.connection import AbstractConnection
 
 from adapters_store import KeyScope, scoped
 from adapters_store.records import TaskSettings
@@ -202,6 +204,53 @@ def test_another_tenants_task_answers_as_one_that_nobody_has(server: Keyed, file
     assert {**after, "last_used": None} == {**before, "last_used": None}
 
 
+@pytest.fixture
+def asked(server: Keyed, monkeypatch: pytest.MonkeyPatch) -> Callable[[httpx.Response], list[tuple[Any, ...]]]:
+    """Of a request, by its answer: every command that it had Redis carry out, with the number of its arguments."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    send = AbstractConnection.send_packed_command
+
+    async def listen(connection: AbstractConnection, command: Any, *args: Any, **kwargs: Any) -> None:
+        request_id = structlog.contextvars.get_contextvars().get("request_id")
+        if request_id is not None:
+            sent = command if isinstance(command, bytes) else b"".join(map(bytes, command))
+            found.setdefault(request_id, []).extend(commands_of(sent))
+        await send(connection, command, *args, **kwargs)
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", listen)
+    return lambda response: found.get(response.headers["X-Request-ID"], [])
+
+
+def commands_of(sent: bytes) -> Iterator[tuple[Any, ...]]:
+    """Redis' protocol, read: a command's name (a script's with its hash) and how many arguments it has. Left out are
+    that of the caller's own key, which the feed may just have made the server forget, and what connections begin with.
+    """
+    while sent:
+        header, _, sent = sent.partition(b"\r\n")
+        arguments = []
+        for _ in range(int(header.removeprefix(b"*"))):
+            size, _, sent = sent.partition(b"\r\n")
+            length = int(size.removeprefix(b"$"))
+            arguments.append(sent[:length])
+            sent = sent[length + 2 :]
+        if arguments[0] not in (b"CLIENT", b"SELECT") and not arguments[-2:][0].endswith(b":api_keys"):
+            yield (arguments[0], arguments[1] if arguments[0] == b"EVALSHA" else None, len(arguments))
+
+
+@pytest.mark.parametrize("name", OF_A_TASK)
+def test_redis_is_asked_the_same_for_another_tenants_task_as_for_one_that_nobody_has(
+    server: Keyed, files: Any, name: str, tenant: str, asked: Callable[[httpx.Response], list[tuple[Any, ...]]]
+) -> None:
+    """So no clock tells them apart either."""
+    make_task(server.caller("publish", tenant=tenant), "theirs", files)
+    stranger = server.caller("admin", tenant=f"not-{tenant}")
+    call(stranger, name, "before", files)  # its scripts are loaded
+    theirs, nobodys = (asked(call(stranger, name, task, files)) for task in ("theirs", "nobody"))
+    assert theirs == nobodys
+    asks_index = CASES[name].scope == "publish" or name.startswith(("GET /v1/tasks/", "GET /v1/users/"))
+    assert bool(theirs) is asks_index, "what is read from memory costs no call"
+
+
 def said(response: httpx.Response, task: str) -> tuple[int, str]:
     """What was answered, with the task's name and times blotted out."""
     text = response.text.replace(task, "TASK")
@@ -240,6 +289,8 @@ def test_a_public_task_is_used_by_all_and_changed_by_its_owner_alone(server: Key
     make_public(server, tenant, name)
     answered = other.post(f"/v1/tasks/{name}/generate", json=TEXT)
     assert answered.json()["medley"]["task"] == name
+    assert answered.json()["medley"]["public"] is True
+    assert "public" not in owner.post(f"/v1/tasks/{name}/generate", json=TEXT).json()["medley"]
     server.server.wait_for(server.server.services.last_used.flush())
     assert owner.get(f"/v1/tasks/{name}").json()["last_used"] is not None
     shown = other.get(f"/v1/tasks/{name}").json()
@@ -253,6 +304,7 @@ def test_a_public_task_is_used_by_all_and_changed_by_its_owner_alone(server: Key
         assert refused.status_code == 404
     make_task(other, name, files)  # their own, which hides it
     assert other.get(f"/v1/tasks/{name}").json()["created"] > shown["created"]
+    assert "public" not in other.post(f"/v1/tasks/{name}/generate", json=TEXT).json()["medley"]
     assert ids_of(other.get("/v1/tasks"), "task").count(name) == 1
     assert other.delete(f"/v1/tasks/{name}").status_code == 204
     assert other.get(f"/v1/tasks/{name}").json()["created"] == shown["created"]

@@ -274,6 +274,31 @@ def test_a_version_made_for_another_base_is_listed_and_not_served(scripted: Scri
     assert error_of(refused) == (409, "base_mismatch")
 
 
+def test_a_version_made_for_another_base_is_not_put_before_requests(scripted: Scripted, adapter_folders: Any) -> None:
+    import msgspec
+
+    from tests.api.conftest import folder_files
+
+    _, http, server = scripted()
+    base, files = server.services.base, folder_files(adapter_folders["lora"])
+    assert base is not None
+    made_for = base.facts
+    assert http.post("/v1/tasks/t/versions", files=files).status_code == 201
+    base.facts = msgspec.structs.replace(made_for, fingerprint="0" * 64)
+    assert http.post("/v1/tasks/t/versions", files=files).json()["version"] == 2
+    for refused in (
+        http.patch("/v1/tasks/t", json={"active_version": 1}),
+        http.patch("/v1/tasks/t", json={"canary": {"version": 1, "percent": 50}}),
+        http.post("/v1/tasks/t/rollback"),
+    ):
+        assert error_of(refused) == (409, "base_mismatch")
+        assert "another base" in refused.json()["error"]["message"]
+    shown = http.get("/v1/tasks/t").json()
+    assert (shown["active"], shown["previous"], shown["canary"]) == (2, 1, None)
+    base.facts = made_for  # a server of that base, on the same index
+    assert http.patch("/v1/tasks/t", json={"active_version": 1}).json()["active"] == 1
+
+
 def test_an_upload_during_the_engines_death_gets_an_error(scripted: Scripted, adapter_folders: Any) -> None:
     from tests.api.conftest import folder_files
 

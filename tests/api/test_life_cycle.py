@@ -177,10 +177,34 @@ def test_pins_have_half_of_the_adapter_memory_and_no_more(
     assert not http.get("/v1/tasks/b").json()["pinned"]
     kept = engine.pinned.get(timeout=30)
     engine.facts = msgspec.structs.replace(FACTS, parameters=600)
-    publish(http, "a", files["prompt"])  # a version that no longer fits is served, and not kept
+    for params in ({}, {"dry_run": True}):
+        grown = http.post("/v1/tasks/a/versions", files=files["prompt"], params=params)
+        assert error_of(grown) == (409, "pins_too_large")
+    assert len(http.get("/v1/tasks/a").json()["versions"]) == 1, "nothing of it is kept"
+    inactive = http.post("/v1/tasks/a/versions", files=files["prompt"], params={"activate": False})
+    assert inactive.status_code == 201
+    assert error_of(http.patch("/v1/tasks/a", json={"active_version": 2})) == (409, "pins_too_large")
+    assert http.get("/v1/tasks/a").json()["active"] == 1
+    assert engine.pinned.empty()
+    assert "medley_pins_left_out 0.0" in http.get("/metrics").text
+    assert kept.adapters
+
+
+def test_a_rollback_beyond_the_pins_room_is_done_and_the_figures_tell(
+    scripted: Scripted, files: dict[str, Files]
+) -> None:
+    engine, http, _ = scripted(adapter_memory=4096 / 2**30)  # so pins may have 512 numbers
+    for parameters, method in ((600, "lora"), (300, "ia3")):
+        engine.facts = msgspec.structs.replace(FACTS, parameters=parameters)
+        publish(http, "a", files[method])
+    assert http.put("/v1/tasks/a", json={"pinned": True}).status_code == 200
+    kept = engine.pinned.get(timeout=30)
+    assert http.post("/v1/tasks/a/rollback").json()["active"] == 1
     assert engine.pinned.get(timeout=30).adapters == []
-    http.post("/v1/tasks/a/rollback")
+    assert "medley_pins_left_out 1.0" in http.get("/metrics").text
+    assert http.patch("/v1/tasks/a", json={"active_version": 2}).status_code == 200
     assert engine.pinned.get(timeout=30) == kept
+    assert "medley_pins_left_out 0.0" in http.get("/metrics").text
 
 
 def _damage(server: ServerThread, sha256: str) -> None:

@@ -68,7 +68,7 @@ def test_task_labels_are_bounded() -> None:
     metrics = Metrics()
     for number in range(3 * MAX_TASK_LABELS):
         metrics.request(f"task-{number}", "ok")
-    text = metrics.render(0, redis_available=True).decode()
+    text = metrics.render(0, redis_available=True, pins_left_out=0).decode()
     assert text.count("medley_requests_total{") == MAX_TASK_LABELS + 1
     assert f'medley_requests_total{{outcome="ok",task="other"}} {2.0 * MAX_TASK_LABELS}' in text
 
@@ -80,7 +80,7 @@ def test_every_figure_of_a_step_is_taken() -> None:
     metrics = Metrics()
     metrics.step(STATS)
     assert set(StepStats.__struct_fields__) == set(STATS.__struct_fields__)
-    assert "medley_waiting_sequences 0.0" in metrics.render(0, redis_available=True).decode()
+    assert "medley_waiting_sequences 0.0" in metrics.render(0, redis_available=True, pins_left_out=0).decode()
 
 
 def test_the_documentation_works_without_a_network(http: httpx.Client) -> None:

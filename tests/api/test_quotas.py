@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -123,6 +125,49 @@ def test_a_client_that_goes_away_and_a_refused_request_leave_no_lease(server: Ke
     assert complete(http).status_code == 200
 
 
+@pytest.mark.parametrize(("stream", "told"), [(True, 3), (True, 0), (False, 3)])
+def test_a_client_that_goes_away_pays_for_what_it_was_told_and_frees_its_place(
+    server: Keyed, stream: bool, told: int
+) -> None:
+    """Its prompt, and each token that had come by then; told by quotas that this amount does, and does not, use up."""
+
+    def hold(request: Generate) -> None:
+        for _ in range(told):
+            server.engine.say(Tokens(id=request.id, token_ids=[70]))
+        came.release()
+
+    came = threading.Semaphore(0)
+    whole = complete(server.caller("invoke")).json()["usage"]
+    charged = whole["prompt_tokens"] + told
+    for quota, is_spent in ((charged, True), (charged + 1, False)):
+        _, text = server.key("invoke", quotas=Quotas(tokens_per_day=quota, concurrent_requests=1))
+        server.engine.on_request = hold
+        go_away(server, text, came, stream=stream, told=told)
+        assert server.engine.aborted.get(timeout=30)
+        http = server.client(text)
+        while (after := complete(http)).status_code == 429 and after.json()["error"]["param"] == "concurrent_requests":
+            assert not threading.Event().wait(0.02)
+        assert (after.status_code == 429) is is_spent, after.text
+        if is_spent:
+            refused(after, "tokens_per_day")
+
+
+def go_away(server: Keyed, text: str, came: threading.Semaphore, *, stream: bool, told: int) -> None:
+    """Ask over a connection of its own, and close it: of a stream, once `told` of its tokens are read."""
+    host, port = server.server.url.removeprefix("http://").split(":")
+    body = json.dumps({**PROMPT, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {text}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + body)
+        assert came.acquire(timeout=30)
+        server.engine.on_request = server.answer_request
+        assert complete(server.caller("invoke")).status_code == 200  # so the server has read what came before it
+        read = b""
+        while stream and read.count(b"data: ") < told:
+            read += connection.recv(2**16)
+
+
 def test_a_request_over_the_minute_takes_no_place_among_the_concurrent(server: Keyed) -> None:
     http = server.caller("invoke", quotas=Quotas(requests_per_minute=1, concurrent_requests=1))
     assert complete(http).status_code == 200
@@ -210,4 +255,30 @@ def test_what_a_key_uploaded_counts_until_it_is_deleted(server: Keyed, adapter_f
     assert second.status_code == 201
     assert http.delete("/v1/tasks/b/versions/1").status_code == 204
     size = sum(file["bytes"] for file in second.json()["files"])
+    assert server.server.wait_for(stored(key.id)) == size
+
+
+def test_what_replaces_a_customization_needs_room_for_the_difference_alone(
+    server: Keyed, adapter_folders: dict[str, Path]
+) -> None:
+    files = folder_files(adapter_folders["ia3"])
+    size = sum(len(content) for _, (_, content) in files)
+    assert server.caller("publish").post("/v1/tasks/t/versions", files=files).status_code == 201
+    key, text = server.key("publish", quotas=Quotas(stored_bytes=size + 1))
+    http = server.client(text)
+
+    def customize(more: int, user: str = "ann") -> httpx.Response:
+        config, weights = files
+        grown = ("files", (config[1][0], config[1][1] + b" " * more))
+        return http.put(f"/v1/users/{user}/tasks/t", files=[grown, weights])
+
+    stored = server.server.services.index.usage.stored_bytes
+    for more in (0, 1, 0):
+        assert customize(more).status_code == 201, "there is room for the new one in place of the old"
+        assert server.server.wait_for(stored(key.id)) == size + more
+    refused(customize(2), "stored_bytes")
+    refused(customize(0, user="bob"), "stored_bytes")
+    other = server.caller("publish", quotas=Quotas(stored_bytes=1))
+    response = other.put("/v1/users/ann/tasks/t", files=files)  # it would count for this key, which did not pay for it
+    refused(response, "stored_bytes")
     assert server.server.wait_for(stored(key.id)) == size

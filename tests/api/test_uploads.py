@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load, save
 
 from tests.api.conftest import folder_files
@@ -167,6 +169,22 @@ def test_nothing_of_a_refused_upload_stays(http: httpx.Client, server: ServerThr
         assert upload(http, task, bad).is_error
     assert sorted(blobs.rglob("*")) == before
     assert refused(http.get(f"/v1/tasks/{task}")) == (404, "task_not_found")
+
+
+def test_an_upload_that_waits_for_the_folder_of_uploads_holds_nobody_else_up(
+    server: ServerThread, http: httpx.Client, task: str, parts: Parts
+) -> None:
+    """Another server on the store may hold its lock, on a slow disk for long."""
+    lock = FileLock(Path(server._configure.blobs) / "staging.lock")
+    with ThreadPoolExecutor() as pool:
+        with lock:
+            uploading = pool.submit(upload, http, task, parts)
+            while not server.services.open_uploads:
+                time.sleep(0.01)
+            for _ in range(3):
+                assert httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200
+            assert not uploading.done()
+        assert uploading.result().status_code == 201
 
 
 def test_a_base_of_another_name_is_a_warning(http: httpx.Client, task: str, parts: Parts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -14,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters_store import PrivateRedis
+from adapters_store import GarbageCollector, PrivateRedis
 from server.engine.protocol import AdapterFacts, BaseFacts, MethodEntry
 from tests.api.conftest import BASE_ID, Scripted, configuration, folder_files
 from tests.api.fake_engine import FACTS, FakeEngine
@@ -22,6 +24,7 @@ from tests.api.keyed import error_of, keyed
 from tests.api.server_thread import ServerThread
 from tests.harness import NEAR_TIE
 from tests.reference.stacked import Stacked
+from tests.store.samples import new_version
 
 Files = list[tuple[str, tuple[str, bytes]]]
 TEXT = {"input": "x", "max_tokens": 2}
@@ -140,7 +143,8 @@ def test_every_generating_call_applies_it(
 
 def test_classification_applies_it(scripted: Scripted, files: dict[str, Files]) -> None:
     engine, http, _ = scripted()
-    http.post("/v1/tasks/t/versions", files=files["lora"])
+    made = http.post("/v1/tasks/t/versions", files=files["lora"])
+    assert made.status_code == 201, made.text
     lay(http, "ann", "t", files["ia3"])
     engine.on_request = lambda request: engine.fail(request.id, "deadline_exceeded")
     http.post("/v1/tasks/t/classify", json={"input": "x", "user": "ann"})
@@ -160,6 +164,33 @@ def test_it_stays_over_every_version_and_remembers_which_it_was_made_against(
     medley = ask(http, task, user)["medley"]
     assert (medley["methods"], medley["customization"]["made_against"]) == (["lora", "prompt_tuning"], 2)
     http.delete(f"/v1/tasks/{task}")
+
+
+def test_it_is_made_against_the_version_that_is_active_when_it_comes_into_force(
+    scripted: Scripted, files: dict[str, Files]
+) -> None:
+    """Not the one that was so when its upload began."""
+    engine, http, server = scripted()
+    assert http.post("/v1/tasks/t/versions", files=files["lora"]).status_code == 201
+    new = new_version("b", base=server.facts.fingerprint)
+    engine.on_inspect = lambda _: server.wait_for(server.services.index.publish("t", new, activate=True)) and None
+    assert lay(http, "ann", "t", files["ia3"])["made_against"] == 2
+
+
+def test_the_files_of_one_whose_task_was_deleted_meanwhile_are_the_collectors(
+    scripted: Scripted, files: dict[str, Files], tmp_path: Path
+) -> None:
+    engine, http, server = scripted()
+    assert http.post("/v1/tasks/t/versions", files=files["lora"]).status_code == 201
+    index, blobs = server.services.index, server.services.blobs
+    blobs.own(index.index_id)
+    engine.on_inspect = lambda _: server.wait_for(index.delete_task("t"))
+    assert error_of(http.put("/v1/users/ann/tasks/t", files=files["ia3"])) == (404, "task_not_found")
+    assert http.get("/v1/users/ann/tasks").json()["data"] == []
+    assert len(list(blobs.list())) == 4, "another upload of the same content may be about to name its two"
+    server.wait_for(GarbageCollector(index.garbage, blobs, 0).collect())
+    assert list(blobs.list()) == []
+    assert [path for path in tmp_path.rglob("staging/*") if path.exists()] == []
 
 
 def test_a_users_things_are_listed_shown_replaced_and_deleted(
@@ -206,6 +237,43 @@ def test_it_goes_with_its_task_and_does_not_come_back_with_one_of_that_name(
     assert ask(http, task, user)["medley"]["methods"] == ["lora"]
     assert http.get(f"/v1/users/{user}/tasks").json()["data"] == []
     http.delete(f"/v1/tasks/{task}")
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_server_that_has_not_read_of_a_tasks_deletion_never_answers_with_the_task_alone(
+    scripted: Scripted, files: dict[str, Files], is_made_anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, http, server = scripted()
+    engine.on_request = lambda request: engine.finish(request, [70])
+    assert http.post("/v1/tasks/t/versions", files=files["lora"]).status_code == 201
+    for user in ("known", "cold"):
+        lay(http, user, "t", files["ia3"])
+    is_deaf = threading.Event()
+
+    async def hear_nothing() -> None:
+        is_deaf.set()
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(server.services.directory, "_take_news", hear_nothing)
+    assert is_deaf.wait(30)
+    assert ask(http, "t", "known")["medley"]["customization"] is not None
+
+    async def elsewhere() -> None:
+        """What another server does."""
+        await server.services.index.delete_task("t")
+        if is_made_anew:
+            await server.services.index.publish("t", new_version("b", base=server.facts.fingerprint), activate=True)
+
+    server.wait_for(elsewhere())
+    assert ask(http, "t", "known")["medley"]["customization"] is not None, "as before the deletion"
+    body = {"model": "t", "prompt": "x", "user": "cold"}
+    answer = http.post("/v1/completions", json=body)
+    if is_made_anew:
+        assert (answer.status_code, answer.json()["medley"]["version"]) == (200, 2)
+        assert ask(http, "t", "known")["medley"]["customization"] is None, "the later task has none"
+    else:
+        assert error_of(answer) == (404, "model_not_found")
+        assert error_of(http.post("/v1/completions", json={**body, "user": "known"})) == (404, "model_not_found")
 
 
 def test_a_dry_run_checks_everything_and_keeps_nothing(

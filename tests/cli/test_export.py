@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -134,6 +135,37 @@ def test_a_damaged_archive_is_refused_before_anything_is_sent(
     assert result.returncode == 1
     assert "damaged.tar" in one_line(result.stderr)
     assert f"never-{damage}" not in medley("tasks").stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (b'"task":', b'"tusk":', "`task`"),
+        (b'"versions":', b'"virsions":', "`versions`"),
+        (b'"sha256":', b'"sha255":', "`sha256`"),
+        (b'"active": ', b'"active": 7', "`active`"),
+        (b'"percent":', b'"precent":', "`percent`"),
+    ],
+)
+def test_an_archive_that_lacks_a_field_is_refused_by_its_name(
+    archive: tuple[Path, dict[str, Any]], medley: Medley, tmp_path: Path, before: bytes, after: bytes, named: str
+) -> None:
+    path = tmp_path / "damaged.tar"
+    with tarfile.open(archive[0]) as whole, tarfile.open(path, "w") as damaged:
+        for member in whole:
+            source = whole.extractfile(member)
+            assert source is not None
+            content = source.read()
+            if member.name == "manifest.json":
+                assert before in content
+                content = content.replace(before, after)
+                member.size = len(content)
+            damaged.addfile(member, io.BytesIO(content))
+    result = medley("import", str(path), "--as", "never")
+    assert result.returncode == 1
+    assert named in one_line(result.stderr)
+    assert "manifest.json" in result.stderr
+    assert "never" not in [line.split()[0] for line in medley("tasks").stdout.splitlines()]
 
 
 def test_what_cannot_be_exported_leaves_no_file(medley: Medley, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import os
 import tarfile
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from adapters_store import (
@@ -20,8 +22,10 @@ from adapters_store import (
     CustomizationDirectory,
     GarbageCollector,
     LocalBlobs,
+    PrivateRedis,
     Quotas,
     RedisIndex,
+    StoreFull,
     StoreUnavailable,
     TaskDirectory,
     TaskSettings,
@@ -30,6 +34,7 @@ from adapters_store import (
     restore_backup,
     write_backup,
 )
+from adapters_store.backup.restore_index import IndexWriter
 from adapters_store.index.api_keys import hash_of
 from adapters_store.records import Change, FileRecord
 from tests.store.samples import FACTS, eventually, publish_text, write_adapter
@@ -365,6 +370,110 @@ async def test_a_backup_of_another_release_is_refused(
     rewrite(path, lambda name, content: header[field] if name == "medley-backup.json" else content)
     with pytest.raises(BackupDamaged, match=word):
         await restore_backup(empty, other, path)
+
+
+def altered(path: Path, change: Any) -> None:
+    """The backup with its index's parts as `change(kind, values)` leaves them, as if it had been written so."""
+    index = hashlib.sha256()
+
+    def change_member(name: str, content: bytes) -> bytes:
+        if name.startswith("index/"):
+            parts = msgspec.msgpack.decode(content)
+            for kind, _, values in parts:
+                change(kind, values)
+            content = msgspec.msgpack.encode(parts)
+            index.update(content)
+        elif name == "end.json":
+            content = msgspec.json.encode({**msgspec.json.decode(content), "index_sha256": index.hexdigest()})
+        return content
+
+    rewrite(path, change_member)
+
+
+def _drop(values: list[Any], field: str) -> None:
+    at = values.index(field)
+    del values[at : at + 2]
+
+
+def _drop_from_json(values: list[Any], field: str) -> None:
+    values[1] = values[1].replace(f'"{field}":', f'"not_{field}":')
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "named"),
+    [
+        ("task", lambda values: _drop(values, "settings"), "'settings'"),
+        ("task", lambda values: _drop(values, "updated"), "'updated'"),
+        ("versions", lambda values: _drop_from_json(values, "files"), "`files`"),
+        ("api_keys", lambda values: _drop_from_json(values, "id"), "`id`"),
+        ("digests", lambda values: values.__setitem__(1, "one"), "'one'"),
+        ("customizations", lambda values: values.__setitem__(1, values[1][:20]), "'customizations' of"),
+        ("customizations", lambda values: values.pop(), "'customizations' of"),
+        ("words", lambda values: values.clear(), "'words' lacks"),
+        ("payers", lambda values: values.clear(), "'payers' lacks"),
+        ("history", lambda values: values.__setitem__(0, "[1]"), "'history' of"),
+    ],
+)
+async def test_a_file_that_lacks_a_field_is_refused_by_its_name(
+    kind: str,
+    change: Any,
+    named: str,
+    index: RedisIndex,
+    blobs: LocalBlobs,
+    empty: RedisIndex,
+    other: LocalBlobs,
+    tmp_path: Path,
+) -> None:
+    await fill(index, blobs)
+    path = tmp_path / "file"
+    await write_backup(index, blobs, path)
+    altered(path, lambda found, values: change(values) if found == kind else None)
+    with pytest.raises(BackupDamaged, match=named) as refused:
+        await restore_backup(empty, other, path)
+    assert str(path) in str(refused.value)
+    assert set(await dump(empty)) == {"schema"}
+    assert stored(other) == set()
+
+
+async def test_a_store_of_another_index_is_restored_into_only_if_it_is_adopted(
+    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    for owner in (blobs, other):
+        owner.own(index.index_id)
+        before = stored(owner)
+        with pytest.raises(Conflict, match="--adopt") as refused:
+            await restore_backup(empty, owner, tmp_path / "file")
+        assert refused.value.code == "store_of_another_index"
+        assert (owner.owner(), stored(owner)) == (index.index_id, before)
+        assert set(await dump(empty)) == {"schema"}
+    await restore_backup(empty, other, tmp_path / "file", adopt=True)
+    assert other.owner() == empty.index_id
+    with pytest.raises(Conflict, match="not empty") as refused:  # whoever's the store is
+        await restore_backup(empty, blobs, tmp_path / "file", adopt=True)
+    assert refused.value.code == "index_not_empty"
+    assert blobs.owner() == index.index_id
+
+
+async def test_a_restore_into_a_full_redis_leaves_nothing(
+    index: RedisIndex, blobs: LocalBlobs, own_redis: PrivateRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(index, blobs)
+    await write_backup(index, blobs, tmp_path / "file")
+    full = await RedisIndex.connect(own_redis.url)
+
+    async def fill_up(writer: IndexWriter) -> None:
+        assert len(await dump(full)) > 10, "much is written already"
+        await writer.redis.config_set("maxmemory", 1)
+        await finish(writer)
+
+    finish = IndexWriter.finish_sums
+    monkeypatch.setattr(IndexWriter, "finish_sums", fill_up)
+    with pytest.raises(StoreFull):
+        await restore_backup(full, LocalBlobs(tmp_path / "other"), tmp_path / "file")
+    assert set(await dump(full)) == {"schema"}
+    await full.close()
 
 
 async def test_a_missing_blob_is_named_and_no_file_is_left(

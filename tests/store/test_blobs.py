@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from adapters_store import FileRecord, LocalBlobs, StoreFull, VersionCorrupt
+from adapters_store import FileRecord, LocalBlobs, StoreFull, VersionCorrupt, on_threads
 
 
 def put(blobs: LocalBlobs, content: bytes) -> FileRecord:
@@ -97,3 +100,39 @@ def test_other_failures_of_the_disk_are_not_called_full(blobs: LocalBlobs) -> No
     with pytest.raises(OSError, match="I/O") as failure, blobs.staging():
         raise OSError(errno.EIO, os.strerror(errno.EIO).replace("Input/output", "I/O"))
     assert failure.value.errno == errno.EIO
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_cancelled", ["entering", "inside", "not at all"])
+async def test_a_staging_folder_of_a_coroutine_is_gone_however_that_ends(blobs: LocalBlobs, is_cancelled: str) -> None:
+    seen: list[Path] = []
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def use() -> None:
+        async with on_threads(blobs.staging()) as folder:
+            seen.append(folder)
+            assert folder.is_dir()
+            inside.set()
+            await go_on.wait()
+
+    with FileLock(blobs._folder / "staging.lock"):  # so that entering waits
+        using = asyncio.create_task(use())
+        await asyncio.sleep(0.05)
+        assert not seen
+        if is_cancelled == "entering":
+            using.cancel()
+            await asyncio.sleep(0.05)
+    if is_cancelled != "entering":
+        await inside.wait()
+        go_on.set() if is_cancelled == "not at all" else using.cancel()
+    with suppress(asyncio.CancelledError):
+        await using
+    assert bool(seen) is (is_cancelled != "entering")
+    assert list((blobs._folder / "staging").iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_a_full_disk_is_named_also_on_a_thread(blobs: LocalBlobs) -> None:
+    with pytest.raises(StoreFull):
+        async with on_threads(blobs.staging()):
+            raise OSError(errno.ENOSPC, "no space")

@@ -9,6 +9,7 @@ import pytest
 from redis import Redis
 
 from adapters_store import (
+    Conflict,
     CustomizationDirectory,
     PrivateRedis,
     RedisIndex,
@@ -31,8 +32,8 @@ class CountingIndex(RedisIndex):
         self.go_on = asyncio.Event()
         self.go_on.set()
 
-    async def find_customization(self, user: str, task: str) -> Customization | None:
-        found = await super().find_customization(user, task)
+    async def find_in_task(self, user: str, task: str) -> tuple[Customization | None, float | None]:
+        found = await super().find_in_task(user, task)
         self.reads.append((user, task))
         await self.go_on.wait()
         return found
@@ -169,3 +170,36 @@ async def test_it_holds_a_bounded_number_and_forgets_what_was_asked_for_longest_
     assert counting.reads == [("b", "t")]
     assert set(known._tasks_of) == {"b", "c"}
     assert known._users_of == {"t": {"b", "c"}}
+
+
+async def test_what_went_with_a_deleted_task_is_not_taken_for_none(
+    counting: CountingIndex,
+    known: CustomizationDirectory,
+    tasks: TaskDirectory,
+    other: RedisIndex,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between a task's deletion by another server and the feed's word of it."""
+    is_deaf = asyncio.Event()
+
+    async def hear_nothing() -> None:
+        is_deaf.set()
+        await asyncio.sleep(0.01)
+
+    held = await counting.put_customization("held", "t", new_customization("a"))
+    await counting.put_customization("cold", "t", new_customization("b"))
+    task = tasks.get("t")
+    assert task is not None
+    monkeypatch.setattr(tasks, "_take_news", hear_nothing)
+    await is_deaf.wait()
+    assert await known.get("held", "t", created=task.created) == held
+    await other.delete_task("t")
+    assert await known.get("held", "t", created=task.created) == held, "as before the deletion"
+    for is_made_anew in (False, True):
+        if is_made_anew:
+            await other.put_task("t", TaskSettings())
+        with pytest.raises(Conflict) as changed:
+            await known.get("cold", "t", created=task.created)
+        assert changed.value.code == "changed_meanwhile"
+    later = await counting.get_task("t")
+    assert await known.get("held", "t", created=later.created) is None, "it is no layer of the later task"

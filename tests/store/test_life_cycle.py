@@ -140,3 +140,24 @@ async def test_users_of_one_tasks_canary_are_not_those_of_anothers(index: RedisI
 async def test_a_canary_and_its_state_stay_through_a_change_of_settings(index: RedisIndex, task: str) -> None:
     await index.set_canary(task, Canary(1, 10.0))
     assert (await index.put_task(task, TaskSettings(description="new"))).canary == Canary(1, 10.0)
+
+
+async def test_a_version_of_another_base_is_put_before_requests_by_a_caller_of_that_base_alone(
+    index: RedisIndex,
+) -> None:
+    for text, base in (("a", "old"), ("b", "new"), ("c", "new")):
+        await index.publish("t", new_version(text, base=base), activate=text != "c")
+    before, seen = await index.get_task("t"), await index.history("t", 100)
+    for refused in (
+        index.activate("t", 1, base="new"),
+        index.set_canary("t", Canary(1, 10.0), base="new"),
+        index.rollback("t", base="new"),
+    ):
+        with pytest.raises(Conflict, match="another base") as mismatch:
+            await refused
+        assert mismatch.value.code == "base_mismatch"
+    assert (await index.get_task("t"), await index.history("t", 100)) == (before, seen)
+    assert (await index.set_canary("t", Canary(3, 10.0), base="new")).canary == Canary(3, 10.0)
+    assert (await index.rollback("t", base="old")).active == 1
+    assert (await index.activate("t", 3, base="new")).active == 3
+    assert (await index.activate("t", 1)).active == 1

@@ -68,6 +68,11 @@ local function moved(number, before)
     return string.format('{"version":%s,"previous":%s}', number, before or 'null')
 end
 
+-- Whether a version, as publish.lua stores it, was made for this base ('': any).
+local function is_for(base, stored)
+    return base == '' or cjson.decode(string.match(stored, ' (.*)$')).base_fingerprint == base
+end
+
 -- What API keys have stored. `stored`: key → its bytes in all. Of one task, `paid`: key → its bytes, and `bills`: a
 -- version's number → "bytes key"; a customization's record has the same, with a number for the key. What nobody with a
 -- key uploads is not counted.
@@ -107,20 +112,24 @@ local function give_all_back(stored, paid, bills)
     redis.call('UNLINK', paid, bills)
 end
 
--- What a change names is no garbage. Of ARGV, `first` is a time before its blobs were put ('': unknown), and what follows
--- up to the last but three are their hashes. Returns false, and changes nothing, where one is being deleted at this
--- moment, or was after that time: it may be gone again.
-local function keep_blobs(condemned, deleting, first)
+-- Of ARGV, `first` is a time before a change's blobs were put ('': unknown), and what follows up to the last but three
+-- are their hashes. Whether one of them is being deleted at this moment, or was after that time: it may be gone again.
+local function blobs_deleting(deleting, first)
     local begun = tonumber(ARGV[first]) or math.huge
     for i = first + 1, #ARGV - 3 do
         local deleted = tonumber(redis.call('ZSCORE', deleting, ARGV[i]))
         if deleted and (deleted < 0 or deleted >= begun) then
-            return false
+            return true
         end
     end
+    return false
+end
+
+-- What a change names is no garbage. Redis lets a script go on beyond its maxmemory once it has written anything, and
+-- this needs no room: so it comes last, and the first write is one that Redis refuses when it is full.
+local function keep_blobs(condemned, first)
     for i = first + 1, #ARGV - 3 do
         redis.call('ZREM', condemned, ARGV[i])
     end
-    return true
 end
 

@@ -6,7 +6,7 @@
 local name = ARGV[1]
 local is_new = 0
 local changed = false
-if not keep_blobs(KEYS[8], KEYS[9], 8) then
+if blobs_deleting(KEYS[9], 8) then
     return 'retry'
 end
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -36,6 +36,7 @@ if is_new == 1 then
 elseif activated then
     record(KEYS[10], TASK_HISTORY, 'version_activated', moved(number, before))
 end
+keep_blobs(KEYS[8], 8)
 if changed or activated then
     announce(KEYS[11], 'version_published', 'task', name)
 end

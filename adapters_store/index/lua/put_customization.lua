@@ -5,7 +5,7 @@
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return 'no_task'
 end
-if not keep_blobs(KEYS[4], KEYS[5], 8) then
+if blobs_deleting(KEYS[5], 8) then
     return 'retry'
 end
 local function number_of(word)
@@ -35,6 +35,7 @@ end
 local header = struct.pack(CUSTOMIZATION, tonumber(active), base, method, tonumber(now), number, bytes)
 redis.call('HSET', KEYS[2], ARGV[1], header .. ARGV[3])
 redis.call('ZADD', KEYS[3], 0, ARGV[2])
+keep_blobs(KEYS[4], 8)
 record(KEYS[6], CUSTOMIZATION_HISTORY, 'customized', ARGV[4])
 announce(KEYS[7], 'customized', 'task', ARGV[2], 'user', ARGV[1])
 return {active, now}

@@ -52,5 +52,9 @@ async def readyz(services: TheServices) -> Response:
 async def metrics(services: TheServices, caller: TheCaller) -> Response:
     """Every figure; the names are in `server.api.metrics`. For admins of the default tenant: labels name all tasks."""
     caller.require_operator()
-    content = services.metrics.render(services.open_requests, redis_available=services.directory.available)
+    content = services.metrics.render(
+        services.open_requests,
+        redis_available=services.directory.available,
+        pins_left_out=services.pins.left_out,
+    )
     return Response(content, headers={"Content-Type": CONTENT_TYPE})

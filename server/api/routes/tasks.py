@@ -79,14 +79,19 @@ async def get_task(task: str, services: TheServices, caller: TheCaller) -> Respo
 @needs("publish")
 async def patch_task(task: str, body: TaskPatch, services: TheServices, caller: TheCaller) -> Response:
     """`active_version` switches all requests, `canary` gives a version its percent of them: the same users always, or,
-    of requests without a user, the same request ids. Requests in flight end on the version that they started on."""
-    services.require_base()
-    name = own(caller, task)
+    of requests without a user, the same request ids. Requests in flight end on the version that they started on. A
+    version made for another base than this server's is refused (409 `base_mismatch`)."""
+    facts = services.require_base().facts
+    name, base = own(caller, task), facts.fingerprint
     if body.active_version is not None:
-        changed = await services.index.activate(name, body.active_version, change=caller.change)
+        known = services.directory.get(name)
+        if known is not None and known.settings.pinned:
+            version = await services.index.get_version(name, body.active_version)
+            await services.pins.check(facts, name, version.parameters)
+        changed = await services.index.activate(name, body.active_version, base=base, change=caller.change)
     else:
         canary = None if body.canary is None else Canary(body.canary.version, body.canary.percent)
-        changed = await services.index.set_canary(name, canary, change=caller.change)
+        changed = await services.index.set_canary(name, canary, base=base, change=caller.change)
     await services.directory.refresh([name])
     return await _show(services, caller, changed)
 
@@ -99,10 +104,10 @@ async def patch_task(task: str, body: TaskPatch, services: TheServices, caller: 
 @needs("publish")
 async def rollback(task: str, services: TheServices, caller: TheCaller) -> Response:
     """To the newest version that was active before and still exists. What it is rolled back from is none that a
-    further rollback leads to."""
-    services.require_base()
+    further rollback leads to. Where that was made for another base than this server's, 409 `base_mismatch`."""
+    base = services.require_base().facts.fingerprint
     name = own(caller, task)
-    changed = await services.index.rollback(name, change=caller.change)
+    changed = await services.index.rollback(name, base=base, change=caller.change)
     await services.directory.refresh([name])
     return await _show(services, caller, changed)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 
+from adapters_store import on_threads
 from server.api.services import Services
 from server.api.uploads import ACCEPTED_FILES, receive_files
 
@@ -36,7 +37,8 @@ MULTIPART: dict[str, Any] = {
 async def received(services: Services, request: Request) -> AsyncIterator[Path]:
     """The request's files in a staging folder, which is gone at the end of the block. Raises as `receive_files` does,
     and `too_many_uploads`."""
-    with services.upload(), services.blobs.staging() as folder:
-        content_type = request.headers.get("content-type", "")
-        await receive_files(content_type, request.stream(), folder, services.settings.max_upload_bytes)
-        yield folder
+    with services.upload():
+        async with on_threads(services.blobs.staging()) as folder:
+            content_type = request.headers.get("content-type", "")
+            await receive_files(content_type, request.stream(), folder, services.settings.max_upload_bytes)
+            yield folder

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from adapters_store import Version, VersionCorrupt
+from adapters_store import Version, VersionCorrupt, on_threads
 from server.api.adapter_refs import adapter_of
 from server.api.answers import json_response
 from server.api.auth import GuardedRoute, TheCaller, needs
@@ -163,19 +162,19 @@ async def get_neighbours(
 class _BlobResponse(FileResponse):
     """A blob's file, which its store keeps on this machine until it has been sent."""
 
-    _use: ExitStack
+    _use: AsyncExitStack
 
     @classmethod
     async def of(cls, blob: AbstractContextManager[Path], name: str) -> _BlobResponse:
         """Raises as opening the blob does."""
-        use = ExitStack()
-        path = await asyncio.to_thread(use.enter_context, blob)
+        use = AsyncExitStack()
+        path = await use.enter_async_context(on_threads(blob))
         response = cls(path, media_type="application/octet-stream", filename=name)
         response._use = use
         return response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._use:
+        async with self._use:
             await super().__call__(scope, receive, send)
 
 
@@ -241,6 +240,8 @@ async def _receive(
             checked = await check_staged(services, folder)
             names = task_names(services, task, checked.facts, task_index)
             await check_room(services, caller, task, checked)
+            for name in names if activate else []:
+                await services.pins.check_active(base.facts, own(caller, name), checked.facts.parameters)
             document: dict[str, Any] = {
                 "task": task,
                 "version": None,
