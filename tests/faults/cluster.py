@@ -96,10 +96,11 @@ def until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
         time.sleep(0.01)
 
 
-def everywhere(clients: Iterable[Client], holds: Callable[[Client], bool], seconds: float = PATIENCE_SECONDS) -> None:
-    """Return once it holds at each of the servers."""
+def everywhere(clients: Iterable[Client], holds: Callable[[Client], bool], seconds: float = PATIENCE_SECONDS) -> float:
+    """Return once it holds at each of the servers, and the seconds that this took."""
     begun = time.monotonic()
     for client in clients:
         while not holds(client):
             assert time.monotonic() < begun + seconds, f"{client.http.base_url}: not within {seconds} s"
             time.sleep(0.01)
+    return time.monotonic() - begun

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,18 +23,47 @@ class Scale:
     soon_seconds: float = PATIENCE_SECONDS
     """In which a change has to be seen everywhere. The promise is one second; tests that run beside others on a busy
     machine ask only whether it comes."""
+    rounds: int = 1
+    """How often each kind of change has to be."""
     clients: int = 10
     churn_seconds: float = 5.0
-    grown_bytes: int = 2**26
-    """What a process may have grown by: the KV pages (51 MiB) that are touched for the first time, and little more."""
+    contents: int = 8
+    """Of each method, that versions have."""
+    grown_bytes: int = 2**27
+    """What a process may grow by after a warm-up of half of these seconds: libraries and compiled kernels take memory
+    of their own at the first use of each form of a batch, and it does not grow on from there."""
 
 
-FULL = Scale(publishes=200, away_seconds=30.0, soon_seconds=1.0, clients=50, churn_seconds=60.0)
+FULL = Scale(
+    publishes=200,
+    away_seconds=30.0,
+    soon_seconds=1.0,
+    rounds=20,
+    clients=50,
+    churn_seconds=60.0,
+    contents=100,
+    grown_bytes=2**26,
+)
+IN_FULL = bool(os.environ.get("MEDLEY_TEST_SOAK"))
+
+Record = Callable[[str, object], None]
+"""What `record_property` is: a figure of a test, shown after a soak."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests have measured."""
+    measured = [report for report in terminalreporter.stats.get("passed", []) if report.user_properties]
+    if IN_FULL and measured:
+        terminalreporter.section("as measured")
+        for report in measured:
+            terminalreporter.write_line(report.nodeid.partition("::")[2])
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"    {name}: {value}")
 
 
 @pytest.fixture(scope="session")
 def scale() -> Scale:
-    return FULL if os.environ.get("MEDLEY_TEST_SOAK") else Scale()
+    return FULL if IN_FULL else Scale()
 
 
 @pytest.fixture(scope="session")

@@ -3,85 +3,38 @@
 from __future__ import annotations
 
 import random
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
-import httpx
 import psutil
 
 from tests.faults.adapters import Adapters
+from tests.faults.churn import Churn, keep_changing
 from tests.faults.client import Client, Said, whole
 from tests.faults.cluster import SMALL_BANK, Cluster, everywhere, until
-from tests.faults.conftest import Scale
+from tests.faults.conftest import Record, Scale
 from tests.faults.load import load
 
-CONTENTS = 8  # of each method
-CHANGE_EVERY = 0.05  # seconds
 LONG = 400  # tokens
-
-
-class Churn:
-    """Changes one task at random, as several operators at several servers would; it always has an active version."""
-
-    def __init__(self, task: str, adapters: Sequence[tuple[Adapters, int]], chance: random.Random) -> None:
-        self.content_of: dict[int, int] = {}
-        """Of each version that there ever was."""
-        self.done: Counter[str] = Counter()
-        self._task = task
-        self._adapters = adapters
-        self._chance = chance
-        self._next: list[Callable[[Client], httpx.Response]] = []
-
-    def change(self, client: Client) -> None:
-        """One change; the server may refuse what others before it made impossible."""
-        if not self._next:
-            self._next = [self.publish, self.publish, self.activate, self.roll_back, self.delete, self.try_out]
-            self._chance.shuffle(self._next)
-        action = self._next.pop()
-        response = action(client)
-        assert response.is_success or response.status_code in (404, 409), response.text
-        self.done[action.__name__] += response.is_success
-
-    def publish(self, client: Client) -> httpx.Response:
-        content = self._chance.randrange(len(self._adapters))
-        adapters, number = self._adapters[content]
-        response = client.publish(self._task, adapters[number], activate=self._chance.random() < 0.7)
-        assert response.status_code in (200, 201), response.text
-        assert self.content_of.setdefault(response.json()["version"], content) == content
-        return response
-
-    def activate(self, client: Client) -> httpx.Response:
-        return client.http.patch(f"/v1/tasks/{self._task}", json={"active_version": self._any()})
-
-    def roll_back(self, client: Client) -> httpx.Response:
-        return client.http.post(f"/v1/tasks/{self._task}/rollback")
-
-    def delete(self, client: Client) -> httpx.Response:
-        return client.http.delete(f"/v1/tasks/{self._task}/versions/{self._any()}")
-
-    def try_out(self, client: Client) -> httpx.Response:
-        canary = {"version": self._any(), "percent": 50}
-        return client.http.patch(f"/v1/tasks/{self._task}", json={"canary": canary})
-
-    def _any(self) -> int:
-        return self._chance.choice(sorted(self.content_of)[-10:])
+BUSY = ("medley_running_sequences", "medley_waiting_sequences", "medley_kv_pages_used")
+LOADS = "medley_adapter_load_seconds_count"
 
 
 def test_every_answer_during_changes_is_what_its_stated_version_alone_gives(
-    cluster: Cluster, prompts: Adapters, loras: Adapters, scale: Scale
+    cluster: Cluster, prompts: Adapters, loras: Adapters, scale: Scale, record_property: Record
 ) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # shown with a failure
     clients = cluster.clients()
     _, text = cluster.key("invoke")
-    adapters = [(each, number) for each in (prompts, loras) for number in range(200, 200 + CONTENTS)]
-    alone = [alone_gives(clients[0], f"alone-{place}", each, number) for place, (each, number) in enumerate(adapters)]
+    adapters = [(each, number) for each in (prompts, loras) for number in range(400, 400 + scale.contents)]
+    tasks = [f"alone-{place}" for place in range(len(adapters))]
+    alone = [alone_gives(clients[0], task, *each) for task, each in zip(tasks, adapters, strict=True)]
     assert len(set(alone)) == len(alone)
     churn = Churn("churned", adapters, random.Random(seed))
     churn.publish(clients[0])
     clients[0].http.patch("/v1/tasks/churned", json={"active_version": 1})
     everywhere(clients, lambda client: client.generate("churned").status_code == 200)
+    held = [held_after(client, tasks) for client in clients]
 
     answers: list[Said] = []
     streams = [cluster.client(number % 3, text) for number in range(scale.clients)]
@@ -91,21 +44,24 @@ def test_every_answer_during_changes_is_what_its_stated_version_alone_gives(
         return lambda: answers.append(streams[number].streamed("churned", max_tokens=24, user=user))
 
     with load([ask(number) for number in range(len(streams))]) as counts:
-        keep_changing(churn, clients, scale.churn_seconds / 5)
+        keep_changing(churn, clients, scale.churn_seconds / 2)
         memory = memory_of(cluster)
-        keep_changing(churn, clients, scale.churn_seconds)
+        changes = keep_changing(churn, clients, scale.churn_seconds)
+        grown = max(after - before for before, after in zip(memory, memory_of(cluster), strict=True))
     assert min(counts) > 0
     assert set(churn.done) == {"publish", "activate", "roll_back", "delete", "try_out"}
-    assert min(churn.done.values()) > 0
     assert len({said.version for said in answers}) > 1
     for said in answers:
         assert said.output == alone[churn.content_of[said.version]], f"version {said.version}"
-    for before, after in zip(memory, memory_of(cluster), strict=True):
-        assert after - before < scale.grown_bytes
-    for client in clients:
+    assert grown < scale.grown_bytes
+    for client, before in zip(clients, held, strict=True):
         client.said("churned")
-        for figure in ("medley_running_sequences", "medley_waiting_sequences", "medley_kv_pages_used"):
-            until(lambda client=client, figure=figure: client.figure(figure) == 0)  # type: ignore[misc]
+        assert held_after(client, tasks) == before
+    record_property("changes", changes)
+    record_property("of these and of those that warmed up, made", dict(churn.done))
+    record_property("streams, all whole and of one version", len(answers))
+    record_property("versions among them", len({said.version for said in answers}))
+    record_property("MiB that a process grew by at most", round(grown / 2**20, 1))
 
 
 def test_a_task_deleted_and_made_anew_during_a_stream_lets_it_end_and_answers_others_anew(
@@ -161,22 +117,41 @@ def test_more_adapters_than_the_bank_holds_all_answer_and_a_cold_one_is_not_kept
         until(lambda: all(now > before for now, before in zip(counts, then, strict=True)))
 
 
+def test_a_pinned_task_stays_loaded_while_more_others_are_asked_for_than_the_bank_holds(
+    cluster: Cluster, loras: Adapters
+) -> None:
+    *_, small = cluster.clients()
+    others = [f"passing-{number}" for number in range(SMALL_BANK + 3)]
+    for number, task in enumerate(["staying", *others], 240):
+        small.published(task, loras[number])
+    assert small.http.put("/v1/tasks/staying", json={"pinned": True}).status_code == 200
+    try:
+        until(lambda: small.figure("medley_bank_pinned_bytes") > 0)
+        small.said("staying")
+        for task in others:
+            small.said(task)
+        loads = small.figure(LOADS)
+        small.said("staying")
+        assert small.figure(LOADS) == loads
+        small.said(others[0])
+        until(lambda: small.figure(LOADS) == loads + 1)
+    finally:
+        small.http.put("/v1/tasks/staying", json={"pinned": False})
+    until(lambda: small.figure("medley_bank_pinned_bytes") == 0)
+
+
 def alone_gives(client: Client, task: str, adapters: Adapters, number: int, max_tokens: int = 24) -> str:
     """The adapter's answer as the only request of the server."""
     client.published(task, adapters[number])
     return client.said(task, max_tokens=max_tokens).output
 
 
-def keep_changing(churn: Churn, clients: list[Client], seconds: float) -> None:
-    """A change every `CHANGE_EVERY`, each at another server."""
-    begun = time.monotonic()
-    due = begun
-    number = 0
-    while due < begun + seconds:
-        churn.change(clients[number % len(clients)])
-        number += 1
-        due = max(due + CHANGE_EVERY, time.monotonic())  # a busy machine makes fewer
-        time.sleep(max(0.0, due - time.monotonic()))
+def held_after(client: Client, tasks: Sequence[str]) -> dict[str, float]:
+    """What a server holds once these tasks were the last that were asked for, one after the other, and it is idle."""
+    for task in tasks:
+        until(lambda task=task: client.generate(task).status_code == 200)  # type: ignore[misc]
+    until(lambda: all(client.figure(figure) == 0 for figure in BUSY))
+    return {figure: client.figure(figure) for figure in ("medley_bank_bytes", "medley_bank_adapters", *BUSY)}
 
 
 def memory_of(cluster: Cluster) -> list[int]:
