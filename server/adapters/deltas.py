@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,18 +43,6 @@ class _LowRank(DeltaKind):
             outputs[0].addmm_(inputs[0] @ down[0].t(), up[0])
         else:
             outputs.baddbmm_(inputs @ down.transpose(1, 2), up)
-
-
-@dataclass(frozen=True)
-class BaseReader(DeltaKind):
-    """A kind that stands for modules of the base itself: no other adapter of its stack may change these."""
-
-    reads: tuple[str, ...]  # their sites
-
-
-def sites_read(kinds: Iterable[DeltaKind]) -> frozenset[str]:
-    """What these kinds stand for of the base."""
-    return frozenset(site for kind in kinds if isinstance(kind, BaseReader) for site in kind.reads)
 
 
 def output_scale(scale: Tensor) -> RowDelta:

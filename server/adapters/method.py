@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.deltas import sites_read
 from server.adapters.heads import ClassificationHead
 from server.model import BaseShape, RowDelta
 
@@ -78,16 +77,6 @@ class Adapter:
     def virtual_tokens(self) -> int:
         """Positions before the text."""
         return self.prefix.length if self.prefix else 0
-
-    @property
-    def sites(self) -> frozenset[str]:
-        """Where it has deltas."""
-        return frozenset(self.deltas)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Where no other adapter of a stack may have any."""
-        return sites_read(delta.kind for delta in self.deltas.values())
 
     @property
     def blocks(self) -> list[Tensor]:

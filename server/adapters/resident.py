@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.adapters.deltas import sites_read
 from server.adapters.heads import HeadShape
 from server.adapters.method import Adapter, KeyValuePrefix, TokenPrefix
 from server.adapters.pool import RowPool
@@ -75,16 +74,6 @@ class Layout:
     def shared(self) -> frozenset[SharedMatrices]:
         """What it has in common with other adapters, beside its rows."""
         return frozenset(delta.kind.shared for delta in self.deltas if isinstance(delta.kind, SharingKind))
-
-    @cached_property
-    def sites(self) -> frozenset[str]:
-        """Where it has deltas."""
-        return frozenset(delta.site for delta in self.deltas)
-
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """Where no other adapter of a stack may have any."""
-        return sites_read(delta.kind for delta in self.deltas)
 
     @cached_property
     def looks_up(self) -> bool:
@@ -186,16 +175,6 @@ class Resident:
     bytes: int
     holders: int = field(default=0)
     head: HeadBlocks | None = None
-
-    @property
-    def sites(self) -> frozenset[str]:
-        """Where it has deltas."""
-        return self.layout.sites
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Where no other adapter of a stack may have any."""
-        return self.layout.reads
 
     def block(self, pool: RowPool, block: Block) -> Tensor:
         """One of its matrices `[rows, width]`, as it lies in the pool."""

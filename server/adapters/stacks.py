@@ -2,15 +2,13 @@
 
 Any method over any other: prefixes and virtual tokens follow one another, row deltas apply in order, and what replaces
 a part of the base (a norm's weight, rows of the embedding, whole weights) contributes its difference from the base, as
-task vectors do (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023). The exceptions: of two
-classification heads only one can answer; and what stands for modules of the base itself (`BaseReader`) would be wrong
-over an adapter that changes these.
+task vectors do (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023). The exception: of two classification
+heads only one can answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
 
 from server.adapters.method import Adapter
 from server.adapters.resident import Resident
@@ -23,11 +21,4 @@ def why_no_stack(stack: Sequence[Adapter] | Sequence[Resident]) -> str | None:
             "both adapters have a classification head, and one request has one answer: upload the user's without a "
             "head, or in place of the task's (mode=replace)"
         )
-    adapters: list[Adapter | Resident] = [*stack]
-    for reader, other in permutations(adapters, 2):
-        if changed := reader.reads & other.sites:
-            return (
-                f"one of the adapters computes with {min(changed)} as the base has it, and the other changes it: "
-                "upload the user's without a change there, or in place of the task's (mode=replace)"
-            )
     return None

@@ -18,6 +18,7 @@ _WORDS = {
     SiteKind.LINEAR: "linear module",
     SiteKind.NORM: "norm",
     SiteKind.ATTENTION: "attention",
+    SiteKind.RESULT: "attention's result",
     SiteKind.BLOCK: "block",
     SiteKind.EMBEDDING: "input embedding",
 }

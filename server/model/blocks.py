@@ -37,6 +37,11 @@ class Block:
         """Its name among the sites."""
         return f"{self.layer}.{'attention' if self.is_attention else 'feed-forward'} block"
 
+    @property
+    def result_site(self) -> str:
+        """An attention's: the name of the site of what `output` gives, which sees the attention's queries."""
+        return f"{self.layer}.attention result"
+
 
 @dataclass
 class Trace:

@@ -2,7 +2,7 @@
 
 A site's module keeps its weights, its class and its place in the model; only its `forward` is led through
 the site, which applies the step's row deltas around it. Without deltas the base's own forward runs. A site is a linear
-module, a norm, an attention, a sub-block of a layer, or the input embedding.
+module, a norm, an attention, an attention's result, a sub-block of a layer, or the input embedding.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class SiteKind(Enum):
     LINEAR = "linear"
     NORM = "norm"
     ATTENTION = "attention"
+    RESULT = "result"  # of an attention, behind its output projection: its input is the step's queries
     BLOCK = "block"
     EMBEDDING = "embedding"  # the input embedding: its input is a token id
 
@@ -54,7 +55,8 @@ class Sites:
         self._plan: SitePlan = {}
         self._packed: set[nn.Module] = set()
         self._attention_sites: dict[int, str] = {}
-        self._residuals: dict[str, Tensor] = {}  # of the blocks under way that have deltas
+        self._result_sites: dict[int, str] = {}
+        self._seen: dict[str, Tensor] = {}  # inputs of the blocks and results under way that have deltas
         for name, module in model.named_modules():
             shape = _linear_shape(module)
             if shape is None:
@@ -75,13 +77,24 @@ class Sites:
             module.forward = self._wrap(name, module.forward)
 
     def add_blocks(self, model: nn.Module, blocks: Iterable[Block]) -> None:
-        """Wrap the norms and the last linear modules of blocks; after `add_norms`."""
+        """Wrap the norms and the last linear modules of blocks; after `add_norms` and `add_attention`."""
         for block in blocks:
             norm, output = model.get_submodule(block.norm), model.get_submodule(block.output)
             width = self.shapes[block.norm].inputs
+            if block.is_attention:
+                self._add_result(block, output, width)
             self.shapes[block.site] = SiteShape(width, width, is_head=False, kind=SiteKind.BLOCK)
             norm.forward = self._begin_block(block.site, norm.forward)
-            output.forward = self._end_block(block.site, output.forward)
+            output.forward = self._end(block.site, output.forward)
+
+    def _add_result(self, block: Block, output: nn.Module, width: int) -> None:
+        """Let deltas act on what an attention's last module gives, within its block."""
+        for layer, name in self._attention_sites.items():
+            if name.startswith(f"{block.layer}."):
+                site = self._result_sites[layer] = block.result_site
+                queries = self.shapes[name].inputs
+                self.shapes[site] = SiteShape(queries, width, is_head=False, kind=SiteKind.RESULT)
+                output.forward = self._end(site, output.forward)
 
     def add_attention(self, layer: int, name: str, width: int) -> None:
         """Let deltas act at a layer's attention, called `name`; `width` is that of all heads together."""
@@ -91,7 +104,10 @@ class Sites:
     def attending(self, attention: Attention) -> Attention:
         """`attention` with the deltas of the step under way."""
         planned = {layer: name for layer, name in self._attention_sites.items() if name in self._plan}
-        return _ChangedAttention(attention, planned, self._plan) if planned else attention
+        behind = {layer: name for layer, name in self._result_sites.items() if name in self._plan}
+        if not planned and not behind:
+            return attention
+        return _ChangedAttention(attention, planned, behind, self._plan, self._seen)
 
     def is_packed(self, module: object) -> bool:
         """Whether it is a site's module with a packed weight."""
@@ -111,17 +127,17 @@ class Sites:
     def _begin_block(self, site: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(inputs: Tensor) -> Tensor:
             if site in self._plan:
-                self._residuals[site] = inputs
+                self._seen[site] = inputs
             return base_forward(inputs)
 
         return forward
 
-    def _end_block(self, site: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _end(self, site: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(inputs: Tensor) -> Tensor:
             outputs = base_forward(inputs)
             if levels := self._plan.get(site):
-                residual = self._residuals.pop(site)
-                change_outputs(outputs, ((segments, residual) for segments in levels))
+                seen = self._seen.pop(site)
+                change_outputs(outputs, ((segments, seen) for segments in levels))
             return outputs
 
         return forward
@@ -134,7 +150,7 @@ class Sites:
             yield
         finally:
             self._plan = {}
-            self._residuals.clear()
+            self._seen.clear()
 
 
 @dataclass(frozen=True)
@@ -142,12 +158,16 @@ class _ChangedAttention:
     """An attention and what adapters add to it."""
 
     attention: Attention
-    sites: Mapping[int, str]  # of the layers that have deltas
+    sites: Mapping[int, str]  # of the layers that have deltas at the attention
+    result_sites: Mapping[int, str]  # of those that have some behind its output projection
     plan: SitePlan
+    seen: dict[str, Tensor]  # what the latter are given
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         output = self.attention.attend(layer, query, key, value, options)
+        if behind := self.result_sites.get(layer):
+            self.seen[behind] = query.flatten(1)
         if layer not in self.sites:
             return output
         rows, queries = output.contiguous().flatten(1), query.flatten(1)

@@ -164,7 +164,7 @@ def test_an_adaption_prompt_for_gpt2_needs_its_sub_blocks_and_one_projection_for
     name = "transformer.h.1.attn"
     key = f"base_model.model.{name}.adaption_"
     tensors = {f"{key}prompt": torch.randn(1, 3, 32), f"{key}gate": torch.randn(1)}
-    assert list(_read(config, tensors, shape).deltas) == ["transformer.h.1.attention block"]
+    assert list(_read(config, tensors, shape).deltas) == ["transformer.h.1.attention result"]
     _refused("base_mismatch", f"{key}gate", config, {f"{key}prompt": tensors[f"{key}prompt"]}, shape)
     _refused("not_finite", f"{key}prompt", config, tensors | {f"{key}gate": torch.tensor([3e38])}, shape)
     _refused("base_mismatch", "GPT-2", config, tensors, replace(shape, blocks=()))

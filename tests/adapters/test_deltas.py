@@ -14,7 +14,6 @@ from server.adapters.adapterhub.fusion_kind import FusionWeights, fusion
 from server.adapters.deltas import input_scale, low_rank, norm_scale, output_scale, token_shift
 from server.adapters.methods import sparse
 from server.adapters.methods.adaption_prompt import ExtraAttention
-from server.adapters.methods.residual_attention import ResidualAttention
 from server.adapters.methods.top_layers import Dense
 from server.model import BaseShape, LayerShape, NormForm, RowDelta, SiteShape
 
@@ -152,15 +151,6 @@ def _of_peft(kind: str, tensor: Tensor, **settings: object) -> RowDelta:
 
 _PEFT_NAMES = {"road": ("road_theta", "road_alpha"), "c3a": ("c3a_kernel",), "hra": ("hra_u",)}
 _FORM = NormForm(1e-6, is_centred=True)
-
-
-def _residual_attention() -> RowDelta:
-    """Two heads, a prompt of four."""
-    return RowDelta(
-        ResidualAttention(("norm", "qkv"), 2, _FORM), (torch.randn(8, 6), torch.randn(8, 1), torch.randn(4, 6))
-    )
-
-
 _EXTRA_ATTENTION = RowDelta(ExtraAttention(LayerShape(2, 3)), (torch.randn(4, 6), torch.randn(4, 6)))
 # kinds that act on [groups, tokens, width] of one width, and that width
 _KINDS: dict[str, tuple[Callable[[], RowDelta], int, int]] = {
@@ -170,7 +160,6 @@ _KINDS: dict[str, tuple[Callable[[], RowDelta], int, int]] = {
     "dense": (lambda: RowDelta(Dense(), (torch.randn(OUT, IN),)), IN, OUT),
     "road": (lambda: _of_peft("road", torch.randn(6), variant="road_1", group_size=4), 8, 12),
     "c3a": (lambda: _of_peft("c3a", torch.randn(3, 2, 4), block_size=4), 8, 12),
-    "attention behind": (_residual_attention, 6, 6),
     "attention": (lambda: _EXTRA_ATTENTION, 12, 12),
     "sequential": (_bottleneck, OUT, OUT),
     "pfeiffer": (lambda: _bottleneck(original_ln_before=True), OUT, OUT),

@@ -5,6 +5,7 @@ With M₀ a module of the base and Mₖ what adapter k makes of Mₖ₋₁ (task
     an output scale     Mₖ(x) = l ⊙ Mₖ₋₁(x)                     an input scale   Mₖ(x) = Mₖ₋₁(l ⊙ x)
     changed parameters  Mₖ(x) = Mₖ₋₁(x) + M'(x) - M₀(x), where M' is the base's module with adapter k's parameters
     a small network     after (or beside) a sub-block whose output is h with the adapters before it
+    a second attention  of the queries that the whole stack's projection gives
 
 Virtual tokens follow one another in the order of the stack; what is no keys and values runs under the whole stack.
 A model belongs to one stack: the parameters that a library merges into the base come from the library itself.
@@ -24,11 +25,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.golden.adapterhub.bottleneck import Bottleneck, fuse, stack
 from tests.golden.adapterhub.modules import low_rank, prefix_entries, under
 from tests.reference.changes import Place, add_difference, change_input, change_output, merged, rotations, run_block
+from tests.reference.second_attention import attend_too
 
 _PREFIX = "base_model.model."
 _EMBEDDED = ("PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING")
@@ -48,14 +49,15 @@ class _Virtual:
 
 
 class Stacked:
-    """A Llama under the adapters of PEFT, AdapterHub or our own format that lie in folders."""
+    """A Llama, or for adapters of PEFT a GPT-2, under the adapters of PEFT, AdapterHub or our own format in folders."""
 
     def __init__(self, base: PreTrainedModel, folders: list[Path]) -> None:
         """`base` stays as it is."""
         self._base = base
         self._model: Any = deepcopy(base)
-        self._places: list[tuple[list[Place], list[Place]]] = [([], []) for _ in self._model.model.layers]
-        for layer, places in zip(self._model.model.layers, self._places, strict=True):
+        layers = self._model.model.layers if hasattr(self._model, "model") else []
+        self._places: list[tuple[list[Place], list[Place]]] = [([], []) for _ in layers]
+        for layer, places in zip(layers, self._places, strict=True):
             layer.forward = partial(run_block, layer, *places)
         self._virtual = [virtual for folder in folders if (virtual := self._install(folder)) is not None]
 
@@ -119,7 +121,8 @@ class Stacked:
             case "ADAPTION_PROMPT":
                 for key in [key for key in tensors if key.endswith("adaption_prompt")]:
                     name = key.removeprefix(_PREFIX).removesuffix(".adaption_prompt")
-                    self._attend_to(name, tensors[key], tensors[key.replace("_prompt", "_gate")])
+                    attention, base = self._model.get_submodule(name), self._base.get_submodule(name)
+                    attend_too(attention, base, tensors[key], tensors[key.replace("_prompt", "_gate")])
             case "BEFT":
                 for key, bias in tensors.items():
                     module = self._model.get_submodule(key.removeprefix(_PREFIX).removesuffix(".beft_bias"))
@@ -146,7 +149,8 @@ class Stacked:
 
     def _entries(self, flat: Tensor) -> Tensor:
         config = self._model.config
-        shape = (len(flat), 2 * config.num_hidden_layers, config.num_key_value_heads, -1)
+        kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        shape = (len(flat), 2 * config.num_hidden_layers, kv_heads, -1)
         return flat.view(shape).permute(1, 2, 0, 3)[:, None]
 
     def _change_parameters(self, changed: nn.Module) -> None:
@@ -156,32 +160,6 @@ class Stacked:
             new = dict(changed.get_submodule(name).named_parameters(recurse=False))
             if any(part not in own or not torch.equal(own[part], new[part]) for part in new):
                 add_difference(module, changed.get_submodule(name), self._base.get_submodule(name))
-
-    def _attend_to(self, name: str, prompt: Tensor, gate: Tensor) -> None:
-        """LLaMA-Adapter at one layer: a second attention's result is added to what enters the output projection."""
-        attention, base, seen = self._model.get_submodule(name), self._base.get_submodule(name), {}
-        keys, values = (
-            projection(prompt).view(1, prompt.shape[1], -1, base.head_dim).transpose(1, 2)
-            for projection in (base.k_proj, base.v_proj)
-        )
-
-        def note_rotation(_module: nn.Module, arguments: Any, given: dict[str, Any]) -> None:
-            seen["rotation"] = given["position_embeddings"]
-
-        def note_queries(_module: nn.Module, arguments: Any, output: Tensor) -> None:
-            seen["queries"] = output
-
-        def add(_module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-            queries = seen["queries"].view(1, arguments[0].shape[1], -1, base.head_dim).transpose(1, 2)
-            queries, _ = apply_rotary_pos_emb(queries, queries, *seen["rotation"])
-            repeats = queries.shape[1] // keys.shape[1]
-            scores = queries @ keys.repeat_interleave(repeats, 1).transpose(2, 3) / base.head_dim**0.5
-            added = gate * scores.softmax(-1) @ values.repeat_interleave(repeats, 1)
-            return (arguments[0] + added.transpose(1, 2).flatten(2),)
-
-        attention.register_forward_pre_hook(note_rotation, with_kwargs=True)
-        attention.q_proj.register_forward_hook(note_queries)
-        attention.o_proj.register_forward_pre_hook(add)
 
     def _install_hub(self, name: str, config: dict[str, Any], tensors: Tensors) -> _Virtual | None:
         if config.get("architecture") == "prefix_tuning":

@@ -5,7 +5,8 @@ Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Large Language Models wit
 `[1, adapter_len, hidden]` and `adaption_gate` g `[1]`. With k = W_k P and v = W_v P by the layer's own projections,
 computed when the adapter is read, and q the queries after rotation, g softmax(q kᵀ / √head_dim) v is added to what goes
 into the output projection. PEFT runs that projection a second time for the addition, its bias too. On GPT-2, whose
-c_attn makes queries, keys and values at once, it adds the same behind the output projection: `residual_attention`.
+c_attn makes queries, keys and values at once, it adds the same to what comes out of the output projection. In a stack q
+are the step's own queries, with the changes of all its adapters; k and v stay those of the base's projections.
 
 Where the base's attention has other projections than these or q_proj, k_proj, v_proj and o_proj, or norms queries, PEFT
 does something else or nothing, and the adapter is refused.
@@ -22,7 +23,6 @@ from torch.nn import functional
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import shift
 from server.adapters.method import Adapter, MethodFacts
-from server.adapters.methods.residual_attention import residual_attention
 from server.adapters.targets import KEY_PREFIX
 from server.errors import AdapterError
 from server.model import BaseShape, DeltaKind, LayerShape, RowDelta, SiteKind
@@ -33,8 +33,7 @@ FACTS = MethodFacts(
     name=NAME,
     mechanism="row delta: attention",
     formats=("PEFT ADAPTION_PROMPT",),
-    parameters="adapter_len·h + 1 for each of the top layers; resident: twice adapter_len rows of the keys' width; "
-    "on GPT-2 as many more as there are heads",
+    parameters="adapter_len·h + 1 for each of the top layers; resident: twice adapter_len rows of the keys' width",
     cost="a second, short attention in each of the top layers",
 )
 
@@ -44,7 +43,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class ExtraAttention(DeltaKind):
-    """`inputs` are queries, `outputs` what goes to the output projection, both `[groups, tokens, heads · head_dim]`."""
+    """`inputs` are queries, `outputs` what goes to the output projection, or on GPT-2 what comes out of it; both
+    `[groups, tokens, heads · head_dim]`."""
 
     shape: LayerShape
 
@@ -77,55 +77,45 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         raise AdapterError("base_mismatch", message, "adapter_layers")
     deltas: dict[str, RowDelta] = {}
     for name, shape in chosen[-count:]:
-        if f"{name}.{_JOINT}" in base.sites:
-            site, delta = _behind_projection(checkpoint, base, name, shape, length)
-            deltas[site] = delta
-            continue
-        deltas[name] = _delta(checkpoint, base, name, shape, length)
-        output_bias = base.bias(f"{name}.o_proj")
+        site = _site(base, name, shape)
+        deltas[site] = _delta(checkpoint, base, name, shape, length)
+        output_bias = base.bias(f"{name}.o_proj") if site == name else None
         if output_bias is not None:
             deltas[f"{name}.o_proj"] = shift(output_bias.cpu())
     checkpoint.close()
     return Adapter(method=NAME, deltas=deltas, parameters=checkpoint.parameters, warnings=tuple(checkpoint.warnings))
 
 
-def _behind_projection(
-    checkpoint: Checkpoint, base: BaseShape, name: str, shape: LayerShape, length: int
-) -> tuple[str, RowDelta]:
-    """The site and the delta of a layer like GPT-2's."""
-    block = next((block for block in base.blocks if block.is_attention and name.startswith(f"{block.layer}.")), None)
-    width = base.embedding_width
-    is_like = base.sites[f"{name}.{_JOINT}"].outputs == 3 * width and shape.kv_heads * shape.head_dim == width
-    if block is None or not is_like:
+def _site(base: BaseShape, name: str, shape: LayerShape) -> str:
+    """Where PEFT adds in the layer whose attention is called `name`: before its output projection, or behind it."""
+    width, heads_width = base.embedding_width, shape.kv_heads * shape.head_dim
+    if f"{name}.{_JOINT}" in base.sites:
+        block = next((each for each in base.blocks if each.is_attention and name.startswith(f"{each.layer}.")), None)
+        if block and base.sites[f"{name}.{_JOINT}"].outputs == 3 * width and heads_width == width:
+            return block.result_site
         message = f"{name} has a {_JOINT} and is not like GPT-2's, so this method cannot be served on this base"
         raise AdapterError("base_mismatch", message, "target_modules")
-    key = f"{KEY_PREFIX}{name}.adaption_"
-    prompt = checkpoint.take(f"{key}prompt", (1, length, width))[0]
-    heads = width // shape.head_dim
-    checkpoint.expand(f"{key}prompt", length * (heads * (width + 1) + width))
-    delta = residual_attention(base, block, f"{name}.{_JOINT}", prompt, checkpoint.take(f"{key}gate", (1,)))
-    for part in delta.blocks:
-        checkpoint.finite(f"{key}prompt", part)
-    return block.site, delta
-
-
-def _delta(checkpoint: Checkpoint, base: BaseShape, name: str, shape: LayerShape, length: int) -> RowDelta:
     normed = [other for other, site in base.sites.items() if site.norm is not None and other.startswith(f"{name}.")]
     if normed or not all(f"{name}.{projection}" in base.sites for projection in _PROJECTIONS):
         message = f"{name} is not made of {', '.join(_PROJECTIONS)} alone, so this method cannot be served on this base"
         raise AdapterError("base_mismatch", message, "target_modules")
-    key = f"{KEY_PREFIX}{name}"
-    prompt = checkpoint.take(f"{key}.adaption_prompt", (1, length, base.embedding_width))[0]
-    gate = checkpoint.take(f"{key}.adaption_gate", (1,))
-    if base.sites[name].inputs != base.embedding_width or base.embedding_width % (shape.kv_heads * shape.head_dim):
-        message = (
-            f"{name}'s heads together are {base.sites[name].inputs} wide; PEFT takes them for {base.embedding_width}"
-        )
+    if base.sites[name].inputs != width or width % heads_width:
+        message = f"{name}'s heads together are {base.sites[name].inputs} wide; PEFT takes them for {width}"
         raise AdapterError("base_mismatch", message, "target_modules")
-    keys, values = (_projected(base, f"{name}.{part}", prompt) for part in ("k_proj", "v_proj"))
+    return name
+
+
+def _delta(checkpoint: Checkpoint, base: BaseShape, name: str, shape: LayerShape, length: int) -> RowDelta:
+    key = f"{KEY_PREFIX}{name}.adaption_"
+    prompt = checkpoint.take(f"{key}prompt", (1, length, base.embedding_width))[0]
+    gate = checkpoint.take(f"{key}gate", (1,))
+    if f"{name}.{_JOINT}" in base.sites:
+        _, keys, values = _projected(base, f"{name}.{_JOINT}", prompt).chunk(3, dim=1)
+    else:
+        keys, values = (_projected(base, f"{name}.{part}", prompt) for part in ("k_proj", "v_proj"))
     blocks = (keys.to(prompt.dtype), (gate.float() * values).to(prompt.dtype))
     for block in blocks:
-        checkpoint.finite(f"{key}.adaption_prompt", block)
+        checkpoint.finite(f"{key}prompt", block)
     return RowDelta(ExtraAttention(shape), blocks)
 
 
