@@ -67,6 +67,8 @@ class TorchThreads:
         self._parallel.restype = None
 
     def run(self, kernel: Any, record: int, pieces: int) -> None:
-        """Run a compiled function, `void(record *)`, on all of them, or on as many as there are pieces of work, and
-        wait. `record` is an address."""
-        self._parallel(kernel.address, record, min(pieces, torch.get_num_threads()), 0)
+        """Run a compiled function, `void(record *)`, on all of them, and wait; a single piece of work on this one.
+
+        `record` is an address. Not on some of them: GNU OpenMP then ends the others, and starts them anew next time.
+        """
+        self._parallel(kernel.address, record, torch.get_num_threads() if pieces > 1 else 1, 0)
