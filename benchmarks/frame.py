@@ -31,11 +31,23 @@ from rich.table import Table as RichTable
 
 RESULTS = Path(__file__).with_name("results")
 
+
+def _not_both(context: typer.Context, value: bool) -> bool:
+    """A smoke test is no result."""
+    if value and (context.params.get("quick") or context.params.get("save")):
+        raise typer.BadParameter("--quick is a smoke test, whose figures are not saved: give one of --quick and --save")
+    return value
+
+
 # Options that benchmarks share; `rounds` are those that count.
 Rounds = Annotated[int, typer.Option(min=1, help="measured rounds, of which the median counts")]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch threads; absent: torch's own choice")]
-Quick = Annotated[bool, typer.Option("--quick", help="seconds, on a tiny base: for smoke tests, not figures")]
-Save = Annotated[bool, typer.Option("--save", help="write the report to benchmarks/results/ as JSON")]
+Quick = Annotated[
+    bool, typer.Option("--quick", callback=_not_both, help="seconds, on a tiny base: for smoke tests, not figures")
+]
+Save = Annotated[
+    bool, typer.Option("--save", callback=_not_both, help="write the report to benchmarks/results/ as JSON")
+]
 
 T = TypeVar("T")
 
@@ -52,8 +64,9 @@ class Case(Generic[T]):
 def alternate(cases: Sequence[Case[T]], rounds: int) -> dict[str, list[T]]:
     """What each case measured in each of `rounds` rounds, by the case's name.
 
-    Every round runs every case, in the order given. One more round comes first, to warm up, and is dropped. The
-    random numbers are fresh in each round and the same in each run of the benchmark.
+    Every round runs every case, each round beginning with another one, so that no case is always after the same rest.
+    One more round comes first, to warm up, and is dropped. The random numbers are fresh in each round and the same in
+    each run of the benchmark.
     """
     measured: dict[str, list[T]] = {case.name: [] for case in cases}
     assert len(measured) == len(cases), "names of cases are unique"
@@ -61,7 +74,8 @@ def alternate(cases: Sequence[Case[T]], rounds: int) -> dict[str, list[T]]:
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("rounds, the first to warm up", total=(rounds + 1) * len(cases))
         for number in range(rounds + 1):
-            for case in cases:
+            first = number % len(cases)
+            for case in [*cases[first:], *cases[:first]]:
                 result = case.measure(random.Random(f"{case.prompts or case.name} {number}"))
                 if number > 0:
                     measured[case.name].append(result)

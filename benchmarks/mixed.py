@@ -2,7 +2,8 @@
 
 Alternated: the base only; the base after a text that is cached and about as long as a soft prompt; tasks of each
 method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all. Prompts and prefixes
-are compared with the base after cached text, for their positions are there too; everything else with the base only.
+are compared with the base after cached text, for their positions are there too; mixtures with a base of which as many
+rows have such a text; everything else with the base only.
 
 Every request has a fresh prompt. Adapters, prefixes and the cached text are there before the clock starts, so the
 cached tokens that are printed are virtual ones and that text, and nothing else.
@@ -17,10 +18,10 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -52,6 +53,7 @@ BASE = "base only"
 OVER_PEFT = Target(3.0)  # where PEFT runs one batch per task
 _PER_TASK = "one batch per task"
 _PAGE: int = default("page_size")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Mix:
 
     title: str
     tasks: Sequence[Task] = ()  # taken in turn; none: the base only
-    beginning: Sequence[int] = ()  # cached text before each prompt
+    beginnings: Sequence[Sequence[int]] = ((),)  # cached text before the prompts, taken in turn
     beside: str = BASE  # the row that it is compared with
     least: float | None = None  # ÷ that row
     peft_way: str | None = None  # how PEFT runs it; None: it is not asked to
@@ -80,15 +82,29 @@ def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -
     text = [random.Random(3).randrange(workload.size.vocabulary) for _ in range(cached_tokens(workload))]
     after = f"base after {len(text)} tokens of cached text"
     count, mixable = workload.tasks, [PROMPT, PREFIX, IA3]
+
+    def partly(methods: Sequence[str]) -> Mix:
+        """The base, with text in place of the virtual tokens that a mixture of these methods has."""
+        beginnings = [
+            text if method in (PROMPT, PREFIX) else []
+            for method in _in_turn([[each] * count for each in methods], count)
+        ]
+        begun = sum(map(bool, beginnings))
+        return Mix(f"base, {begun} of {count} rows after such text", beginnings=beginnings)
+
     yield Mix(BASE, peft_way="one static batch")
-    yield Mix(after, beginning=text)
+    yield Mix(after, beginnings=[text])
     for method in (PROMPT, PREFIX):
         yield Mix(f"{count} × {method}", tasks[method], beside=after, least=0.97, peft_way=_PER_TASK)
     yield Mix(f"{count} × {IA3}", tasks[IA3], least=0.97, peft_way=_PER_TASK)
-    yield Mix(f"{count} of these three", _in_turn([tasks[method] for method in mixable], count), least=0.97)
+    yield (beside := partly(mixable))
+    three = _in_turn([tasks[method] for method in mixable], count)
+    yield Mix(f"{count} of these three", three, beside=beside.title, least=0.97)
     yield Mix(f"{count} × {LORA}", tasks[LORA], least=0.90, peft_way="one batch, adapter_names")
+    yield (beside := partly(list(tasks)))
     every = _in_turn(list(tasks.values()), count)
-    yield Mix(f"{count} of all methods", every, least=0.95, peft_way="LoRAs in one, rest per task")
+    way = "LoRAs in one, rest per task"
+    yield Mix(f"{count} of all methods", every, beside=beside.title, least=0.95, peft_way=way)
     yield Mix(f"{len(loras)} distinct LoRAs", loras, least=0.85)
     yield Mix("one LoRA for all", tasks[LORA][:1], least=0.93)
 
@@ -98,17 +114,19 @@ def cached_tokens(workload: Workload) -> int:
     return workload.virtual_tokens // _PAGE * _PAGE
 
 
-def _in_turn(methods: list[list[Task]], count: int) -> list[Task]:
-    """`count` tasks, the methods taken in turn."""
+def _in_turn(methods: list[list[T]], count: int) -> list[T]:
+    """`count` things, one of each method in turn."""
     return [methods[index % len(methods)][index // len(methods)] for index in range(count)]
 
 
 def measure(workload: Workload, medley: Medley, peer: PeftPeer | None, mix: Mix, numbers: random.Random) -> Pair:
     """One round of one row, on Medley and then on PEFT with the same prompts."""
     make_resident(medley.engine, list(mix.tasks))
-    if mix.beginning:
-        drive(medley.engine, [Job([*mix.beginning, 0], None)], 1)
-    jobs = [Job([*mix.beginning, *job.prompt], job.task) for job in workload.jobs(list(mix.tasks), numbers)]
+    text = max(mix.beginnings, key=len)
+    if text:
+        drive(medley.engine, [Job([*text, 0], None)], 1)
+    fresh = workload.jobs(list(mix.tasks), numbers)
+    jobs = [Job([*text, *job.prompt], job.task) for text, job in zip(cycle(mix.beginnings), fresh, strict=False)]
     adapters: list[int] = []
     medley_run = medley.run(jobs, lambda output: adapters.append(output.stats.adapters))
     peft_run = peer.run(jobs) if peer is not None and mix.peft_way is not None else None

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
@@ -86,14 +86,14 @@ def decoding(engine: Engine, rows: int, workload: Workload, prompts: random.Rand
 
 
 def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random) -> Parts:
-    """`workload.new_tokens` decode steps by the clock: the median of the whole, the means of the parts."""
+    """`workload.new_tokens` decode steps by the clock: means of the whole and of its parts."""
     with decoding(engine, rows, workload, prompts), _clocks() as spent:
         seconds = []
         for _ in range(workload.new_tokens):
             started = time.perf_counter()
             step(engine)
             seconds.append(time.perf_counter() - started)
-    return Parts(median(seconds), {part: each / len(seconds) for part, each in spent.items()})
+    return Parts(mean(seconds), {part: each / len(seconds) for part, each in spent.items()})
 
 
 def profiled(engine: Engine, rows: int, workload: Workload, prompts: random.Random) -> Parts:

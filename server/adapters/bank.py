@@ -163,8 +163,8 @@ class Bank:
             return
         self._start_loads([key for key in missing if key.digest not in self._loads], is_first)
         arrived = [loaded for key in missing if (loaded := self._loads.arrived(key.digest)) is not None]
-        if len(arrived) < len(missing) or not self._make_room(arrived, ticket):
-            return
+        if len(arrived) < len(missing) or (missing and not self._make_room(arrived, ticket)):
+            return  # room is a look at all residents: a stack that is there already needs none
         for key, loaded in zip(missing, arrived, strict=True):
             if not self._place(key.digest, loaded, ticket):
                 return

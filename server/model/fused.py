@@ -49,8 +49,10 @@ def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None) ->
             inputs = torch.randn(1, 3, width, device=next(module.parameters()).device).to(dtype)
             if all(_agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in _MAGNITUDES):
                 module.forward = candidate
+                if f"{name}.down_proj" in sites.shapes:
+                    sites.give_inputs(f"{name}.down_proj")  # f(gate(x)) ⊙ up(x) goes nowhere else
                 break
-        _fuse_rotation(module, rotation)
+        _fuse_rotation(module, rotation, dtype)
 
 
 def _agree(fused: Tensor, own: Tensor) -> bool:
@@ -117,11 +119,12 @@ def _known_activation(function: Any) -> tuple[str, str] | None:
     return None
 
 
-def _fuse_rotation(module: nn.Module, rotation: Rotation) -> None:
+def _fuse_rotation(module: nn.Module, rotation: Rotation, dtype: torch.dtype) -> None:
     """Give an attention module's forward, otherwise as it is, a rotation in fewer passes over memory."""
     forward = type(module).forward
     own = getattr(forward, "__globals__", {}).get(_ROTARY)
-    if _ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()) or not _rotates_alike(own, rotation):
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    if _ROTARY not in names or not _rotates_alike(own, rotation, dtype):
         return
     changed = FunctionType(
         forward.__code__,
@@ -134,19 +137,22 @@ def _fuse_rotation(module: nn.Module, rotation: Rotation) -> None:
     module.forward = MethodType(changed, module)
 
 
-def _rotates_alike(own: Any, rotation: Rotation) -> bool:
-    """Whether a class's function is `rotate`, in signature and values."""
+def _rotates_alike(own: Any, rotation: Rotation, dtype: torch.dtype) -> bool:
+    """Whether a class's function is `rotate`, in signature, values and types; some turn by angles in float32 whatever
+    the type of the heads."""
     if not callable(own) or list(inspect.signature(own).parameters) != list(inspect.signature(rotate).parameters):
         return False
-    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    query, key = torch.randn(1, 4, 3, 8).to(dtype), torch.randn(1, 2, 3, 8).to(dtype)
     for width in (query.shape[-1], query.shape[-1] // 2):
-        cos, sin = torch.randn(1, 3, width), torch.randn(1, 3, width)
-        try:
-            rotated = own(query, key, cos, sin)
-        except (RuntimeError, TypeError, ValueError):
-            return width < query.shape[-1]  # one that knows no other width is never asked for it
-        if not all(_agree(fused, given) for fused, given in zip(rotation(query, key, cos, sin), rotated, strict=True)):
-            return False
+        for angles in {dtype, torch.float32}:
+            cos, sin = torch.randn(1, 3, width).to(angles), torch.randn(1, 3, width).to(angles)
+            try:
+                rotated = own(query, key, cos, sin)
+            except (RuntimeError, TypeError, ValueError):
+                return width < query.shape[-1]  # one that knows no other width is never asked for it
+            fused = rotation(query, key, cos, sin)
+            if not all(_agree(each, given) for each, given in zip(fused, rotated, strict=True)):
+                return False
     return True
 
 

@@ -113,14 +113,24 @@ SitePlan = Mapping[str, Sequence[Sequence[Segment]]]
 
 
 def apply_levels(
-    base_forward: Callable[[Tensor], Tensor], inputs: Tensor, levels: Sequence[Sequence[Segment]]
+    base_forward: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    levels: Sequence[Sequence[Segment]],
+    *,
+    owns_inputs: bool = False,
 ) -> Tensor:
-    """Mₙ(inputs): input changes from the last level to the first, the base, output changes back up."""
+    """Mₙ(inputs): input changes from the last level to the first, the base, output changes back up.
+
+    `owns_inputs`: nobody reads them after this module.
+    """
     seen: list[Tensor] = []  # the input of each level's Mₖ, last level first
+    in_place = owns_inputs and all(segment.kind.changes_input for segments in levels for segment in segments)
     for segments in reversed(levels):
         seen.append(inputs)
         if any(segment.kind.changes_input for segment in segments):
-            inputs = _changed_input(inputs, segments)
+            if not (in_place and inputs.is_contiguous()):  # the base's other modules, or output changes, read them too
+                inputs = inputs.clone(memory_format=torch.contiguous_format)
+            _change_input(inputs, segments)
     outputs = base_forward(inputs)
     if not outputs.is_contiguous():
         outputs = outputs.contiguous()
@@ -168,8 +178,8 @@ def _change_output(segment: Segment, inputs: Tensor, outputs: Tensor) -> None:
         kind.change_output(inputs, outputs, *[block.gather() for block in blocks])
 
 
-def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
-    inputs = inputs.clone(memory_format=torch.contiguous_format)  # the base's other modules read the original too
+def _change_input(inputs: Tensor, segments: Iterable[Segment]) -> None:
+    """In place on a contiguous tensor."""
     rows = _as_rows(inputs)
     for tokens, kind, blocks, is_each, kernel in segments:
         if kind.changes_input and kernel is not None and rows.dim() == 2:
@@ -179,7 +189,6 @@ def _changed_input(inputs: Tensor, segments: Iterable[Segment]) -> Tensor:
             kind.change_input(_grouped(chosen, is_each), *[block.gather() for block in blocks])
             if isinstance(tokens, Tensor):
                 rows[tokens] = chosen
-    return inputs
 
 
 def _as_rows(values: Tensor) -> Tensor:

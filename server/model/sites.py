@@ -54,6 +54,7 @@ class Sites:
         self.shapes: dict[str, SiteShape] = {}
         self._plan: SitePlan = {}
         self._packed: set[nn.Module] = set()
+        self._own_inputs: set[str] = set()
         self._attention_sites: dict[int, str] = {}
         self._result_sites: dict[int, str] = {}
         self._seen: dict[str, Tensor] = {}  # inputs of the blocks and results under way that have deltas
@@ -113,6 +114,10 @@ class Sites:
         """Whether it is a site's module with a packed weight."""
         return module in self._packed
 
+    def give_inputs(self, name: str) -> None:
+        """What is passed to this site is read by nobody else: deltas may change it where it lies."""
+        self._own_inputs.add(name)
+
     def touches(self, names: Iterable[str]) -> bool:
         """Whether the step under way has deltas at one of these sites."""
         return not self._plan.keys().isdisjoint(names)
@@ -120,7 +125,9 @@ class Sites:
     def _wrap(self, name: str, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(inputs: Tensor) -> Tensor:
             levels = self._plan.get(name)
-            return apply_levels(base_forward, inputs, levels) if levels else base_forward(inputs)
+            if not levels:
+                return base_forward(inputs)
+            return apply_levels(base_forward, inputs, levels, owns_inputs=name in self._own_inputs)
 
         return forward
 

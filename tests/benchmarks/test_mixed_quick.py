@@ -28,8 +28,10 @@ CACHED = {  # of 8 requests, by row: virtual tokens / text
     "4 × prompt tuning": "160 / 0",
     "4 × prefix tuning": "160 / 0",
     "4 × (IA)³": "0 / 0",
+    "base, 3 of 4 rows after such text": "0 / 96",
     "4 of these three": "120 / 0",
     "4 × LoRA r=8 on q, v": "0 / 0",
+    "base, 2 of 4 rows after such text": "0 / 64",
     "4 of all methods": "80 / 0",
     "8 distinct LoRAs": "0 / 0",
     "one LoRA for all": "0 / 0",
@@ -61,6 +63,13 @@ def test_with_peft_both_systems_are_checked_and_compared() -> None:
     for method in METHODS:
         line = rf"4 × {re.escape(method)}: Medley ÷ PEFT +│ +{RATE}"
         assert re.search(line, outcome.output), f"{method} is missing in:\n{outcome.output}"
+
+
+@pytest.mark.parametrize("options", [["--quick", "--save"], ["--save", "--quick"]])
+def test_a_smoke_test_is_never_saved(options: list[str]) -> None:
+    outcome = CliRunner().invoke(app, options)
+    assert outcome.exit_code == 2
+    assert "smoke test" in outcome.output
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones() -> None:

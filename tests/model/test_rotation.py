@@ -77,4 +77,14 @@ def test_a_rotation_of_the_last_dimensions_is_another_one() -> None:
         turned = fused.rotate(q[..., -width:], k[..., -width:], cos, sin, unsqueeze_dim)
         return torch.cat([q[..., :-width], turned[0]], -1), torch.cat([k[..., :-width], turned[1]], -1)
 
-    assert not fused._rotates_alike(last, fused.rotate)
+    assert not fused._rotates_alike(last, fused.rotate, torch.float32)
+
+
+def test_a_rotation_that_keeps_the_heads_type_whatever_the_angles_is_another_one_below_float32() -> None:
+    def keeping(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        query, key = fused.rotate(q.float(), k.float(), cos.float(), sin.float(), unsqueeze_dim)
+        return query.to(q.dtype), key.to(k.dtype)
+
+    assert fused._rotates_alike(keeping, fused.rotate, torch.float32)
+    assert not fused._rotates_alike(keeping, fused.rotate, torch.bfloat16)
+    assert fused._rotates_alike(fused.rotate, fused.rotate, torch.bfloat16)

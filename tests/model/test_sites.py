@@ -180,6 +180,42 @@ def test_input_scales_of_three_levels_and_what_lies_between_apply_in_order() -> 
     assert torch.equal(outputs[0, [0, 3]], module(inputs)[0, [0, 3]])
 
 
+@pytest.mark.parametrize(
+    ("is_own", "kinds", "is_changed"),
+    [
+        (True, ("input", "input"), True),
+        (True, ("input",), True),
+        (True, ("lora1", "input"), False),
+        (True, ("input", "lora1"), False),
+        (False, ("input",), False),
+    ],
+)
+@torch.inference_mode()
+def test_inputs_are_changed_where_they_lie_if_nobody_else_reads_them(
+    is_own: bool, kinds: tuple[str, ...], is_changed: bool
+) -> None:
+    torch.manual_seed(3)
+    module = nn.Linear(IN, OUT)
+    plain = nn.Linear(IN, OUT)
+    plain.load_state_dict(module.state_dict())
+    sites = Sites(nn.ModuleDict({"site": module}), None)
+    if is_own:
+        sites.give_inputs("site")
+    stack = [KINDS[kind]() for kind in kinds]
+    planner = Planner(stack, random.Random(0))
+    inputs = torch.randn(1, 3, IN)
+    given = inputs.clone()
+    with sites.applying({"site": [planner.level([adapter, adapter, -1]) for adapter in range(len(stack))]}):
+        outputs = module(given)
+    assert torch.equal(given, inputs) != is_changed
+    answer: Module = plain
+    for adapter in stack:
+        answer = adapter.change(answer)
+    for token in (0, 1):
+        torch.testing.assert_close(outputs[0, token], answer(inputs[0, token]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0, 2], plain(inputs[0, 2]), rtol=1e-4, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_a_site_outside_the_plan_runs_the_bases_own_forward_on_the_very_input() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
