@@ -42,7 +42,7 @@ def compare(size: str, device: torch.device, rounds: int) -> Report:
     theirs = list(peers(model, shape, rows, context))  # before the base is wrapped
     base = FrozenBase(model)
     bench = Bench(shape, base)
-    decoded = _decode_table(bench, rates[0])
+    decoded, skipped = _decode_table(bench, rates[0])
     prefilled = prefill_operations(shape, base) / bench.prefill(random.Random(1), 4) / rates[1]
     work = [("Medley", own_rate(bench, rows, context)), *theirs]
     tables = [
@@ -65,29 +65,33 @@ def compare(size: str, device: torch.device, rounds: int) -> Report:
     notes = [
         f"attention: {bench.attention}",
         f"copy {rates[0] / 1e12:.2f} TB/s, product {rates[1] / 1e12:.0f} TFLOP/s",
+        *[f"{each} (rows × context) has no room on the device and was not run" for each in skipped],
     ]
     return Report("gpu", f"{size} in {dtype}".replace("torch.", ""), figures, facts, tables, notes)
 
 
-def _decode_table(bench: Bench, rate: float) -> list[tuple[str, float, float]]:
-    """(what, seconds of a step, share of the limit) of each number of rows and context that fits."""
+def _decode_table(bench: Bench, rate: float) -> tuple[list[tuple[str, float, float]], list[str]]:
+    """(what, seconds of a step, share of the limit) of each number of rows and context that fits; those that do not."""
     lines: list[tuple[str, float, float]] = []
+    skipped: list[str] = []
     for context, rows in itertools.product(bench.shape.contexts, bench.shape.rows):
-        if not bench.fits(rows, context):
+        longest = bench.longest(rows, context)
+        if not bench.fits(rows, longest):
+            skipped.append(f"{rows} × {context}")
             continue
-        engine = bench.engine(rows, 2 * context + 128)
+        engine = bench.engine(rows, longest)
         decoded = bench.decode(engine, random.Random(2), rows, context)
         engine.close()
         limit = decode_bytes(bench.base, decoded.context) / rate
         lines.append((f"{rows} × {context}", decoded.seconds, limit / decoded.seconds))
-    return lines
+    return lines, skipped
 
 
 def _mixed(bench: Bench, rounds: int) -> list[Figure]:
     """Steps of as many rows as there are tasks, each row its own task, beside the base alone."""
     shape = bench.shape
     rows, context = shape.tasks, shape.contexts[0]
-    engine = bench.engine(rows, 2 * context + 128)
+    engine = bench.engine(rows, bench.longest(rows, context))
 
     def measure(kinds: Sequence[str]) -> Callable[[random.Random], float]:
         return lambda rng: bench.decode(engine, rng, rows, context, kinds).seconds

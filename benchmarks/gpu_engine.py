@@ -24,6 +24,9 @@ from server.model.varlen_attention import find_kernel
 
 MEASURED_STEPS, WARM_STEPS = 24, 8  # of one decode measurement; a graph is captured at its second step
 VIRTUAL_TOKENS, RANK = 32, 16
+_PREFILL_TOKENS = 8192  # of a step
+_BANK_BYTES = 8 * 2**30
+_SPARE_BYTES = 4 * 2**30  # activations, graphs
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,13 @@ class Bench:
 
     def engine(self, rows: int, context: int) -> Engine:
         """With room for so many rows, whatever virtual tokens they have."""
-        pages = 2 * rows * pages_for(context + VIRTUAL_TOKENS, self.page_size) + self.shape.tasks
         limits = engine_limits(
-            pages,
+            self._pages(rows, context),
             page_size=self.page_size,
             max_seqs=rows,
-            max_prefill_tokens=max(8192, rows),
-            max_batch_tokens=max(8192, rows) + rows,
-            adapter_bytes=8 * 2**30 if self.base.device.type == "cuda" else 2**26,
+            max_prefill_tokens=_PREFILL_TOKENS,
+            max_batch_tokens=_PREFILL_TOKENS + rows,
+            adapter_bytes=_BANK_BYTES if self.base.device.type == "cuda" else 2**26,
         )
 
         def load(files: Mapping[str, str]) -> Adapter:
@@ -64,22 +66,30 @@ class Bench:
         return Engine(self.base, limits, load)
 
     def fits(self, rows: int, context: int) -> bool:
-        """Whether the KV pages of an engine for them have room on the device."""
+        """Whether the KV pages and the bank of an engine for them have room on the device."""
         if self.base.device.type != "cuda":
             return True
         torch.cuda.empty_cache()
-        pages = 2 * rows * pages_for(context + VIRTUAL_TOKENS, self.page_size) + self.shape.tasks
-        size = pages * KVCache.page_bytes(self.base.layers, self.page_size, self.base.dtype)
-        return size + 12 * 2**30 < torch.cuda.mem_get_info()[0]
+        size = self._pages(rows, context) * KVCache.page_bytes(self.base.layers, self.page_size, self.base.dtype)
+        return size + _BANK_BYTES + _SPARE_BYTES < torch.cuda.mem_get_info()[0]
+
+    def _pages(self, rows: int, context: int) -> int:
+        """A task's virtual tokens take pages of their own, and end in one that is each row's."""
+        return rows * (pages_for(context + VIRTUAL_TOKENS, self.page_size) + 1) + self.shape.tasks * pages_for(
+            VIRTUAL_TOKENS, self.page_size
+        )
+
+    def longest(self, rows: int, context: int) -> int:
+        """Positions of a row in `decode`: it goes on while the others' prompts run, some of a step or one a step."""
+        return context + WARM_STEPS + MEASURED_STEPS + -(-rows * context // _PREFILL_TOKENS) + rows
 
     def decode(self, engine: Engine, rng: random.Random, rows: int, context: int, kinds: Sequence[str] = ()) -> Decode:
         """Steps in which all rows decode, from the first step with nothing else on."""
-        chunks = -(-rows * context // engine.limits.max_prefill_tokens)
         wanted = WARM_STEPS + MEASURED_STEPS
         for row in range(rows):
             task = (kinds[row % len(kinds)], row % self.shape.tasks) if kinds else None
             prompt = [rng.randrange(self.shape.vocabulary) for _ in range(context)]
-            engine.add(self._request(prompt, wanted + chunks + rows, task))
+            engine.add(self._request(prompt, self.longest(rows, context) - context, task))
         lengths = rows * context
         taken: list[tuple[float, int]] = []
         while len(taken) < wanted:
