@@ -4,6 +4,9 @@ The model's own eager forward, one sequence at a time, is compared with the pack
 that serving uses. A class that bypasses the attention interface (ALiBi models among them), passes something
 that our attention does not honour, or mixes tokens outside attention (recurrent layers) is refused with a
 sentence that says what was found.
+
+The forwards are shorter than most windows. So a window is looked for apart: transformers is asked which one each
+layer's mask has, and a layer that does not pass the same one to attention limits how long a sequence may be.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from server.errors import StartupError
 from server.model.attention import IMPLEMENTATION, AttentionPlan, DecodeGroup, PrefillRow
@@ -42,6 +45,11 @@ class _Record:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.not_honoured: set[str] = set()
+        self.windows: dict[int, tuple[int | None, int | None]] = {}  # of each layer: its mask's, and the one passed
+
+
+class _WindowMask(Tensor):
+    """Stands for a mask that transformers would have made: filled with its window or chunk, 0 where it has none."""
 
 
 def probe(model: PreTrainedModel, max_model_len: int) -> list[LayerShape]:
@@ -56,7 +64,9 @@ def probe(model: PreTrainedModel, max_model_len: int) -> list[LayerShape]:
     try:
         with torch.inference_mode():
             expected = [_eager_logits(model, ids) for ids in sequences]
-            shapes = _record_layers(model, sequences[0], name)
+            record = _record_layers(model, sequences[0], name)
+            _check_windows(record, max_model_len, name)
+            shapes = [record.shapes[layer] for layer in sorted(record.shapes)]
             actual = _packed_logits(model, sequences, shapes)
     except StartupError:
         raise
@@ -95,8 +105,12 @@ def _recording_function(
     if key.shape != value.shape:
         medley_record.not_honoured.add("values of another width than keys")
     medley_record.shapes[layer] = LayerShape(key.shape[1], key.shape[3])
-    if attention_mask is not None:
+    window = None
+    if isinstance(attention_mask, _WindowMask) and attention_mask.dtype == torch.int64:  # else the class changed it
+        window = int(attention_mask.flatten()[0]) or None
+    elif attention_mask is not None:
         medley_record.not_honoured.add("attention_mask")
+    medley_record.windows[layer] = window, options.get("sliding_window")
     if dropout:
         medley_record.not_honoured.add("dropout")
     for option, given in options.items():
@@ -105,10 +119,16 @@ def _recording_function(
     return query.transpose(1, 2).contiguous(), None
 
 
+def _recording_mask(q_length: int, kv_length: int, local_size: int | None = None, **_: Any) -> Tensor:
+    """What transformers' functions call for a mask `[1, 1, queries, keys]`; a class may cut it to its own length."""
+    return torch.full((1, 1, q_length, kv_length), local_size or 0).as_subclass(_WindowMask)
+
+
 AttentionInterface.register(_RECORDING, _recording_function)
+AttentionMaskInterface.register(_RECORDING, _recording_mask)
 
 
-def _record_layers(model: PreTrainedModel, ids: Tensor, name: str) -> list[LayerShape]:
+def _record_layers(model: PreTrainedModel, ids: Tensor, name: str) -> _Record:
     model.set_attn_implementation(_RECORDING)
     record = _Record()
     embeddings = model.get_input_embeddings()(ids[None])
@@ -125,7 +145,18 @@ def _record_layers(model: PreTrainedModel, ids: Tensor, name: str) -> list[Layer
             f"{name} cannot be served: its attention uses {', '.join(sorted(record.not_honoured))}, which "
             "the paged attention does not honour"
         )
-    return [record.shapes[layer] for layer in range(layers)]
+    return record
+
+
+def _check_windows(record: _Record, max_model_len: int, name: str) -> None:
+    """Refuse lengths at which a layer's own mask leaves out what the paged attention would let it see."""
+    for layer, (masked, passed) in sorted(record.windows.items()):
+        limit = min(window for window in (masked, passed, max_model_len) if window is not None)
+        if masked != passed and limit < max_model_len:
+            raise StartupError(
+                f"{name} cannot be served beyond {limit} positions: layer {layer} has a window or chunk of {limit}, "
+                f"which its mask and its call of attention do not agree on; set --max-model-len {limit} or less"
+            )
 
 
 def _packed_logits(model: PreTrainedModel, sequences: list[Tensor], shapes: list[LayerShape]) -> list[Tensor]:

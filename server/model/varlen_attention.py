@@ -80,7 +80,7 @@ def find_kernel(base: FrozenBase, page_size: int) -> tuple[Kernel | None, str]:
     reason = "this torch has no torch.nn.attention.varlen.varlen_attn with a block table"
     for kernel in _kernels():
         try:
-            worst = max(_trial(call, kernel, page_size, base.dtype, base.device) for call in set(calls))
+            worst = max(worst_difference(call, kernel, page_size, base.dtype, base.device) for call in set(calls))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             reason = f"varlen_attn refuses pages of {page_size} tokens: {error}".partition("\n")[0]
             continue
@@ -128,7 +128,7 @@ def _torch_kernel(
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """What a layer asks of attention."""
 
     heads: int
@@ -136,13 +136,13 @@ class _Call:
     options: AttentionOptions
 
 
-def _calls(base: FrozenBase) -> list[_Call]:
+def _calls(base: FrozenBase) -> list[LayerCall]:
     """Each layer's, from one token's forward."""
-    calls: list[_Call] = []
+    calls: list[LayerCall] = []
 
     class Recorder:
         def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-            calls.append(_Call(query.shape[1], LayerShape(key.shape[1], key.shape[2]), options))
+            calls.append(LayerCall(query.shape[1], LayerShape(key.shape[1], key.shape[2]), options))
             return torch.zeros_like(query)
 
     token = torch.zeros(1, dtype=torch.long, device=base.device)
@@ -151,26 +151,46 @@ def _calls(base: FrozenBase) -> list[_Call]:
 
 
 @torch.inference_mode()
-def _trial(call: _Call, kernel: Kernel, page_size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference between the kernel and the gathered attention, relative to the largest value."""
+def worst_difference(
+    call: LayerCall, kernel: Kernel, page_size: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """The largest difference between the kernel and the gathered attention, relative to the largest value.
+
+    Pages are not cleared for a kernel that reads them in place: what a former owner left behind a row's end, and in
+    pages of nobody, is NaN here, and a kernel that lets it through is infinitely far off.
+    """
     generator = torch.Generator().manual_seed(0)
     pages = [-(-length // page_size) for _, length in _TRIAL_ROWS]
     order = (torch.randperm(sum(pages), generator=generator) + 1).tolist()
     tables = [[order.pop() for _ in range(count)] for count in pages]
-    cache = KVCache([call.shape], sum(pages) + 1, page_size, dtype=dtype, device=device)
-    cache.layers[0].copy_(torch.randn(cache.layers[0].shape, generator=generator))
-    cache.zero([0])
     worst = 0.0
     for rows in ((0, 1), (0, 1, 2, 3)):  # rows of one token alone, which the kernel may treat apart, and all kinds
-        num_tokens = sum(_TRIAL_ROWS[row][0] for row in rows)
+        contexts, owned = [_TRIAL_ROWS[row] for row in rows], [tables[row] for row in rows]
+        slots = [
+            slot for (_, length), own in zip(contexts, owned, strict=True) for slot in _slots(own, page_size, 0, length)
+        ]
+        written = torch.randn(2, len(slots), *call.shape, generator=generator).to(device, dtype)
+        caches = []
+        for left in (torch.nan, 0.0):
+            cache = KVCache([call.shape], sum(pages) + 1, page_size, dtype=dtype, device=device)
+            cache.layers[0][:, 1 : cache.scratch_page] = left
+            cache.write(0, index_tensor(slots, device), *written)
+            caches.append(cache)
+        uncleared, cleared = caches
+        num_tokens = sum(count for count, _ in contexts)
         query = torch.randn(num_tokens, call.heads, call.shape.head_dim, generator=generator).to(device, dtype)
         key, value = torch.randn(2, num_tokens, *call.shape, generator=generator).to(device, dtype)
-        varlen, gathered = trial_plans([_TRIAL_ROWS[row] for row in rows], [tables[row] for row in rows], cache)
-        actual = VarlenAttention(cache, varlen, kernel).attend(0, query, key, value, call.options)
-        expected = PagedAttention(cache, gathered).attend(0, query, key, value, call.options)
+        varlen, gathered = trial_plans(contexts, owned, cleared)
+        actual = VarlenAttention(uncleared, varlen, kernel).attend(0, query, key, value, call.options)
+        expected = PagedAttention(cleared, gathered).attend(0, query, key, value, call.options)
         difference = (actual - expected).float().abs().max() / expected.float().abs().max()
         worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
     return worst
+
+
+def _slots(pages: list[int], size: int, start: int, stop: int) -> list[int]:
+    """Of a row's positions from `start` to before `stop`."""
+    return [pages[at // size] * size + at % size for at in range(start, stop)]
 
 
 def trial_plans(
@@ -184,7 +204,7 @@ def trial_plans(
     groups: list[DecodeGroup] = []
     prefill: list[PrefillRow] = []
     for (count, length), pages in zip(rows, tables, strict=True):
-        slots += [pages[at // size] * size + at % size for at in range(length - count, length)]
+        slots += _slots(pages, size, length - count, length)
         if count == 1:
             lengths = index_tensor([length], device)
             groups.append(DecodeGroup(len(decode), len(decode) + 1, index_tensor([pages], device), lengths))

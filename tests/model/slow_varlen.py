@@ -34,3 +34,28 @@ def slow_kernel(
                 weights = (scores * (query.shape[2] ** -0.5 if scale is None else scale)).softmax(0)
                 output[token, head] = (weights @ value).to(output.dtype)
     return output
+
+
+def multiplying_kernel(
+    query: Tensor, keys: Tensor, values: Tensor, rows: VarlenRows, scale: float | None, window: tuple[int, int]
+) -> Tensor:
+    """Right as long as pages are finite: it gives what a token does not see the weight 0, and multiplies by it."""
+    left, right = window
+    repeats = query.shape[1] // keys.shape[2]
+    output = torch.empty_like(query)
+    for table, length, (start, stop) in zip(
+        rows.block_tables, rows.lengths.tolist(), pairwise(rows.starts.tolist()), strict=True
+    ):
+        pages = table[: -(-length // keys.shape[1])].long()
+        key, value = (part[pages].flatten(0, 1).repeat_interleave(repeats, 1).float() for part in (keys, values))
+        position = torch.arange(length - (stop - start), length)[:, None]
+        at = torch.arange(len(key))
+        unseen = at >= length
+        if left >= 0:
+            unseen = unseen | (at < position - left)
+        if right >= 0:
+            unseen = unseen | (at > position + right)
+        scores = torch.einsum("qhd,khd->hqk", query[start:stop].float(), key)
+        weights = (scores * (query.shape[2] ** -0.5 if scale is None else scale)).masked_fill(unseen, -torch.inf)
+        output[start:stop] = torch.einsum("hqk,khd->qhd", weights.softmax(-1), value).to(output.dtype)
+    return output

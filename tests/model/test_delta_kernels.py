@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,13 +25,7 @@ def _changed(segment: Segment, inputs: Tensor, weight: Tensor) -> Tensor:
     return apply_levels(lambda given: given @ weight, inputs.clone(), [[segment]])
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("tokens", [slice(0, TOKENS), slice(5, 9), torch.tensor([3, 0, 17, 39])], ids=str)
 @pytest.mark.parametrize("is_each", [False, True])
@@ -57,6 +49,7 @@ def test_a_kernel_computes_what_its_kind_does(name: str, tokens: slice | Tensor,
     torch.testing.assert_close(compiled, own, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("threads")
 def test_inputs_may_lie_apart() -> None:
     kind, count, height = KINDS["low rank"]
     pool, weight = torch.randn(100, WIDTH), torch.randn(WIDTH, WIDTH)
@@ -77,6 +70,7 @@ def test_other_kinds_have_none() -> None:
     assert DeltaKernels().of(DeltaKind()) is None
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", ["scale", "shift", "low_rank"])
 def test_they_pass_the_trial_of_a_devices_kernels(name: str) -> None:
     assert worst_difference(DeltaKernels(), name, torch.float32, torch.device("cpu")) < 1e-5

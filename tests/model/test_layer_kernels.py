@@ -15,6 +15,7 @@ def _near(given: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 3, 5), (1, 3, 4, 7), (1, 301, 384)])
 def test_a_norm_is_torch_s(shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
@@ -28,15 +29,18 @@ def test_a_norm_s_input_may_lie_in_any_order() -> None:
     _near(LayerKernels().rms_norm(inputs, scale, 1e-6), functional.rms_norm(inputs, (6,), scale, 1e-6))
 
 
-def test_what_is_not_finite_stays_so_and_keeps_to_its_row() -> None:
-    inputs = torch.ones(1, 3, 4)
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("width", [4, 50_000])  # of a row that is a piece of work of its own, too
+def test_what_is_not_finite_stays_so_and_keeps_to_its_row(width: int) -> None:
+    inputs = torch.ones(1, 3, width)
     inputs[0, 1, 2] = torch.nan
-    finite = LayerKernels().rms_norm(inputs, torch.ones(4), 1e-6).isfinite().all(-1)
+    finite = LayerKernels().rms_norm(inputs, torch.ones(width), 1e-6).isfinite().all(-1)
     assert finite.tolist() == [[True, False, True]]
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rotary_width", [8, 4, 2])
-@pytest.mark.parametrize("tokens", [1, 3, 700])
+@pytest.mark.parametrize("tokens", [1, 3, 5000])
 @pytest.mark.parametrize("is_projection", [True, False])
 def test_a_rotation_is_the_fused_one(rotary_width: int, tokens: int, is_projection: bool) -> None:
     torch.manual_seed(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -78,17 +77,13 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
     return AttentionPlan(torch.tensor(slots), None, torch.tensor([token for token, _, _ in decode]), groups, prefill)
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("is_compiled", "threads"), [(False, 2), (True, 1), (True, 2), (True, 4)], indirect=["threads"]
+)
 def test_paged_attention_is_one_softmax_per_token_and_head(
     window: int | None, softcap: float | None, with_sinks: bool, is_compiled: bool
 ) -> None:
@@ -137,6 +132,7 @@ def test_the_null_page_is_zero_from_the_start() -> None:
     assert all(bool((layer[:, 0] == 0).all()) for layer in cache.layers)
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_row_whose_keys_are_not_finite_hurts_nobody_else() -> None:
     cache = KVCache([LayerShape(2, 8)], 4, 4, dtype=torch.float32, device=torch.device("cpu"))
     cache.zero([1, 2, 3])

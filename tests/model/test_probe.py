@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.models.mistral import modeling_mistral
 
 from server.errors import StartupError
 from server.model import FrozenBase
@@ -92,6 +94,59 @@ def test_rotary_embeddings_that_depend_on_the_batchs_length_are_refused_beyond_t
     with pytest.raises(StartupError, match="--max-model-len 32"):
         FrozenBase(model)
     assert FrozenBase(model, max_model_len=32).max_model_len == 32
+
+
+_LLAMA4 = {"intermediate_size_mlp": 40, "num_local_experts": 1, "num_experts_per_tok": 1}
+_PHIMOE = {"num_local_experts": 2, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("window", [13, 40])  # the probe's forwards reach beyond one, not beyond the other
+@pytest.mark.parametrize(
+    ("architecture", "changes", "setting"),
+    [("llama4_text", _LLAMA4, "attention_chunk_size"), ("phimoe", _PHIMOE, "sliding_window")],
+)
+def test_a_window_that_a_class_keeps_from_attention_is_the_longest_length(
+    architecture: str, changes: dict[str, Any], setting: str, window: int
+) -> None:
+    model = _model(architecture, **changes, **{setting: window})
+    for wanted in (None, window + 1):
+        with pytest.raises(StartupError, match=f"set --max-model-len {window} or less"):
+            FrozenBase(model, max_model_len=wanted)
+    assert FrozenBase(model, max_model_len=window).max_model_len == window
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("gemma2", {"sliding_window": 40}),
+        ("gemma3_text", {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40}),
+        ("mistral", {"sliding_window": 40}),
+        ("qwen2", {"sliding_window": 40, "use_sliding_window": True, "max_window_layers": 1}),
+        ("llama4_text", {**_LLAMA4, "attention_chunk_size": 64}),
+        ("phimoe", {**_PHIMOE, "sliding_window": 64}),
+    ],
+)
+def test_a_window_that_a_class_passes_or_that_no_length_reaches_limits_nothing(
+    architecture: str, changes: dict[str, Any]
+) -> None:
+    model = _model(architecture, **changes)
+    ids = torch.randint(3, 61, (60,), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        expected = model(input_ids=ids[None]).logits[0, -1]
+    base = FrozenBase(model)
+    assert base.max_model_len == 64
+    engine = make_engine(base, num_pages=40, max_batch_tokens=64, page_size=3)
+    outcome = run(engine, [request("long", ids.tolist(), greedy(1))])
+    engine.close()
+    assert outcome.results["long"].tokens == [int(expected.argmax())]
+
+
+def test_a_window_that_attention_is_told_and_the_mask_lacks_limits_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("mistral", sliding_window=40)
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", create_causal_mask)
+    with pytest.raises(StartupError, match="set --max-model-len 40 or less"):
+        FrozenBase(model)
 
 
 def test_a_length_beyond_the_models_own_is_refused() -> None:

@@ -9,8 +9,15 @@ import torch
 
 from server.model import FrozenBase, KVCache, LayerShape, PagedAttention, VarlenAttention
 from server.model.attention import AttentionOptions
-from server.model.varlen_attention import Kernel, UnsupportedOptionsError, find_kernel, trial_plans
-from tests.model.slow_varlen import slow_kernel
+from server.model.varlen_attention import (
+    Kernel,
+    LayerCall,
+    UnsupportedOptionsError,
+    find_kernel,
+    trial_plans,
+    worst_difference,
+)
+from tests.model.slow_varlen import multiplying_kernel, slow_kernel
 from tests.reference.bases import tiny_base
 
 CPU = torch.device("cpu")
@@ -61,6 +68,17 @@ def test_what_a_kernel_leaves_out_is_not_left_out_silently(options: AttentionOpt
 
 def test_no_kernel_is_looked_for_on_a_cpu() -> None:
     assert find_kernel(FrozenBase(tiny_base("llama")), 16) == (None, "no CUDA device")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("page_size", [4, 16, 256])
+def test_the_trial_finds_out_a_kernel_that_multiplies_by_0_what_a_row_must_not_see(
+    page_size: int, window: int | None
+) -> None:
+    call = LayerCall(4, LayerShape(2, 16), AttentionOptions(None, window))
+    assert worst_difference(call, slow_kernel, page_size, torch.float32, CPU) < 1e-5
+    assert worst_difference(call, multiplying_kernel, page_size, torch.float32, CPU) == float("inf")
+    assert _largest_difference(multiplying_kernel, 1, window, page_size, torch.float32, CPU) < 1e-5  # else it is right
 
 
 @pytest.mark.parametrize("tokens", [2, 33])
