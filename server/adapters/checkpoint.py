@@ -43,6 +43,7 @@ _FORMATS: dict[str, tuple[str, ...]] = {  # its files: the config, the weights, 
     OWN_KEY: (CONFIG_FILE, WEIGHTS_FILE),
 }
 _LARGEST = sys.float_info.max
+LARGEST_INTEGER = 2**63 - 1  # of a tensor's sizes
 
 # Keys of PEFT's configs that say how an adapter was trained or found, not what it computes.
 _DESCRIPTIVE = {
@@ -153,6 +154,16 @@ class Checkpoint:
         tensor = stored.to(self._dtype)
         return self.finite(name, tensor)
 
+    def take_copy(self, name: str, own: Tensor) -> bool:
+        """Remove a tensor that is a copy of the base's `own`, in its dtype; it is no parameter of the adapter's. False,
+        and it stays, where it is another."""
+        stored = self._left[name]
+        if stored.shape != own.shape or not torch.equal(stored.to(self._dtype), own):
+            return False
+        del self._left[name]
+        self.parameters -= own.numel()
+        return True
+
     def take_indices(self, name: str) -> Tensor:
         """Remove and return a tensor of whole numbers, of any shape. Raises as `take` does."""
         if name not in self._left:
@@ -184,6 +195,8 @@ class Checkpoint:
         value = self.config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AdapterError("bad_config", f"{key} is {value!r}; it must be a positive whole number", key)
+        if value > LARGEST_INTEGER:  # which may have thousands of digits
+            raise AdapterError("bad_config", f"{key} is too large; at most {LARGEST_INTEGER} is possible", key)
         return value
 
     def number(self, key: str, value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import regex
@@ -14,6 +15,11 @@ from server.model import BaseShape, SiteKind, SiteShape
 
 _ALL_LINEAR = "all-linear"
 _MATCH_SECONDS = 0.5
+_MOST_CHARACTERS, _MOST_REPEATS, _MOST_EXPANDED = 2000, 1000, 20_000  # of an expression; the last: their product
+_ORDINARY = 500  # as `_MOST_EXPANDED`; what is larger is seldom an honest one
+# What follows each opening brace, up to one more or its end. Under `(?x)` comments and space may stand between digits.
+_BRACED = regex.compile(r"\{(?=((?:#[^\n]*\n|[^#{}])*+))")
+_IGNORED = regex.compile(r"#[^\n]*\n|\s")
 _WORDS = {
     SiteKind.LINEAR: "linear module",
     SiteKind.NORM: "norm",
@@ -86,20 +92,40 @@ def matched(pattern: str, module: str, key: str) -> regex.Match[str] | None:
     """The match of a regular expression of the config at the start of a module's name.
 
     An expression from outside may take for ever; `regex`, unlike `re`, gives up after a while and lets the
-    engine's thread go on meanwhile.
+    engine's thread go on meanwhile. Compiling it has no such end: one that would take long is refused before.
     """
+    expanded = _expanded(pattern, key)
     try:
-        return _compiled(pattern).match(module, timeout=_MATCH_SECONDS, concurrent=True)
-    except regex.error as error:
+        compiled = _compiled(pattern) if expanded <= _ORDINARY else _compiled_large(pattern)
+        return compiled.match(module, timeout=_MATCH_SECONDS, concurrent=True)
+    except (regex.error, RecursionError) as error:
         raise AdapterError("bad_config", f"{key}: {pattern!r} is no regular expression: {error}", key) from error
     except TimeoutError as error:
         message = f"{key}: {pattern!r} takes longer than {_MATCH_SECONDS} s on {module}; write a simpler expression"
         raise AdapterError("bad_config", message, key) from error
 
 
-@lru_cache(maxsize=2048)  # the library's own cache holds fewer than the rank patterns of one large adapter
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern)
+def _expanded(pattern: str, key: str) -> int:
+    """About how large an expression is once `regex` has written its counted repeats out: its characters times all that
+    its braces count. Raises `bad_config` where that is too much."""
+    if len(pattern) > _MOST_CHARACTERS:
+        message = f"{key} is an expression of {len(pattern)} characters; at most {_MOST_CHARACTERS} are possible"
+        raise AdapterError("bad_config", f"{message}; write a list of names instead", key)
+    braced = (_IGNORED.sub("", found[1]) for found in _BRACED.finditer(pattern))
+    repeats = prod(max([1, *map(int, regex.findall("[0-9]+", text))]) for text in braced)
+    if repeats > _MOST_REPEATS or repeats * len(pattern) > _MOST_EXPANDED:
+        message = f"{key}: the counted repeats of {pattern!r} make it too large: multiplied they may be {_MOST_REPEATS}"
+        message += f", and with its {len(pattern)} characters {_MOST_EXPANDED}; write * or + instead"
+        raise AdapterError("bad_config", message, key)
+    return repeats * len(pattern)
+
+
+def _compile(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern, cache_pattern=False)  # the library's cache holds too few, and large ones as long
+
+
+_compiled = lru_cache(maxsize=1024)(_compile)  # the rank patterns of one large adapter are several hundred
+_compiled_large = lru_cache(maxsize=32)(_compile)
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, key: str, default: Any) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -97,9 +98,16 @@ class _Run:
         return _ask(self.url, task_path(self.task, call), bodies, self.concurrency)
 
     def labels(self) -> Labels:
-        """Those of the task's settings."""
+        """Those of the task's settings; none of the base, which answers as a task does and has none."""
+        task = self.task.split("@", maxsplit=1)[0]
         with Client(self.url) as client:
-            labels: Labels = client.call("GET", task_path(self.task.split("@", maxsplit=1)[0]))["labels"]
+            try:
+                labels: Labels = client.call("GET", task_path(task))["labels"]
+            except CommandError:
+                with suppress(CommandError):
+                    if client.call("GET", f"/v1/models/{quote(task, safe='')}")["parent"] is None:
+                        return {}
+                raise
         return labels
 
     def head_labels(self, example: Example) -> Labels:

@@ -27,7 +27,7 @@ def read_examples(path: Path) -> list[Example]:
     Raises `TuneError` that names the line and the field at fault, or says that the file holds no example.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with the byte order mark
     except OSError as error:
         raise TuneError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -54,6 +54,8 @@ def _parse(line: str, where: str) -> Example:
             raise TuneError(f"{where}: the field `{name}` is missing")
         if not isinstance(record[name], str):
             raise TuneError(f"{where}: the field `{name}` must be a string")
+        if any("\ud800" <= character <= "\udfff" for character in record[name]):
+            raise TuneError(f"{where}: the field `{name}` has half of a surrogate pair, which is no text; mend it")
     unknown = sorted(set(record) - set(FIELDS))
     if unknown:
         raise TuneError(f"{where}: unknown field `{unknown[0]}`; an example has only `input` and `output`")

@@ -292,6 +292,28 @@ def test_an_expression_that_takes_for_ever_is_refused() -> None:
     _refused("bad_config", {**LORA, "target_modules": r"(.|\w)+[!?]"}, says="target_modules")
 
 
+def test_a_whole_number_of_thousands_of_digits_is_refused_without_them() -> None:
+    _refused("bad_config", {**LORA, "r": 10**4299}, says="r is too large")
+    _refused("bad_config", {**LORA, "rank_pattern": {"q_proj": 10**4299}}, says="rank_pattern")
+    _refused("bad_config", {**PROMPT, "num_virtual_tokens": 2**63}, says="num_virtual_tokens is too large")
+
+
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("target_modules", {**LORA, "target_modules": ".*a{1001}"}),
+        ("exclude_modules", {**LORA, "exclude_modules": ".*a{1001}"}),
+        ("rank_pattern", {**LORA, "rank_pattern": {"a{1001}": 2}}),
+        ("alpha_pattern", {**LORA, "alpha_pattern": {"a{1001}": 2}}),
+        ("layers_pattern", {**LORA, "layers_to_transform": [0], "layers_pattern": "a{1001}"}),
+        ("feedforward_modules", {**IA3, "feedforward_modules": ".*a{1001}"}),
+        ("block_size_pattern", {**LORA, "peft_type": "C3A", "block_size": 4, "block_size_pattern": {"a{1001}": 2}}),
+    ],
+)
+def test_an_expression_that_is_large_to_compile_is_refused_in_every_setting(key: str, config: dict[str, Any]) -> None:
+    _refused("bad_config", config, says=f"{key}: the counted repeats")
+
+
 def _multitask(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {**PROMPT, "peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 4, "num_ranks": 2, **changes}
     tensors = {

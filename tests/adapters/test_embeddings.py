@@ -88,6 +88,12 @@ def test_ids_that_cannot_be_served_are_refused(base: FrozenBase, code: str, ids:
     _refused(base, code, "", {**TOKENS, "token_indices": ids}, _tensors(TOKENS))
 
 
+def test_trained_tokens_without_ids_are_refused(base: FrozenBase) -> None:
+    config = {key: value for key, value in TOKENS.items() if key != "token_indices"}
+    _refused(base, "bad_config", "token_indices", config, _tensors(TOKENS))
+    _refused(base, "bad_config", "token_indices", config | {"token_indices": None}, _tensors(TOKENS))
+
+
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias", "ensure_weight_tying"])
 def test_variants_at_the_embedding_are_refused(base: FrozenBase, key: str) -> None:
     _refused(base, "unsupported_method", key, {**LORA, key: True})
@@ -105,6 +111,22 @@ def test_a_copy_of_the_bases_own_weight_is_taken_only_if_it_is_that(base: Frozen
     _refused(base, "unsupported_method", name, LORA, _tensors(LORA) | {name: own + 1})
     head = "base_model.model.lm_head.trainable_tokens_delta"
     _refused(base, "base_mismatch", head, TOKENS, _tensors(TOKENS) | {head: torch.randn(2, WIDTH)})
+
+
+@pytest.mark.parametrize("name", ["lm_head.base_layer.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_copy_of_the_bases_own_weight_is_taken_whatever_the_method(base: FrozenBase, name: str) -> None:
+    own = base.shape.weight(name.removesuffix(".weight").removesuffix(".base_layer"))
+    ia3 = {"peft_type": "IA3", "target_modules": ["lm_head"], "feedforward_modules": []}
+    prompt = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
+    for config, tensors, prefix in (
+        (ia3, {"base_model.model.lm_head.ia3_l": torch.randn(VOCABULARY, 1)}, "base_model.model."),
+        (prompt, {"prompt_embeddings": torch.randn(2, WIDTH)}, "base_model."),
+    ):
+        adapter = read_adapter(Checkpoint(config, tensors | {prefix + name: own.clone()}, torch.float32), base.shape)
+        assert adapter.parameters == sum(tensor.numel() for tensor in tensors.values())
+        for other in (own + 1, own[1:]):
+            with pytest.raises(AdapterError, match=name):
+                read_adapter(Checkpoint(config, tensors | {prefix + name: other}, torch.float32), base.shape)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

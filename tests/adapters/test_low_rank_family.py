@@ -285,6 +285,14 @@ def test_loha_is_exact_at_every_rank(rank: int) -> None:
     assert adapter.rank == min(rank**2, IN, OUT)
 
 
+@pytest.mark.parametrize("config", [LOHA, LOKR], ids=lambda config: config["peft_type"])
+def test_a_scaling_that_the_method_does_not_have_is_only_warned_of(config: dict[str, Any]) -> None:
+    tensors = _tensors(config)
+    other = _read({**config, "use_rslora": True}, tensors)
+    torch.testing.assert_close(_update(other), _update(_read(config, tensors)))
+    assert [warning.partition(":")[0] for warning in other.warnings] == ["use_rslora"]
+
+
 @pytest.mark.parametrize("rank", [2, 9])
 def test_what_loha_is_expanded_to_must_fit(rank: int) -> None:
     config = {**LOHA, "r": rank}

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from server.adapters import Checkpoint
 from server.adapters.methods.ia3 import _scales_input
-from server.adapters.targets import pattern_value, targeted_sites
+from server.adapters.targets import matched, pattern_value, targeted_sites
 from server.errors import AdapterError
 from server.model import BaseShape, LayerShape
 from server.model.sites import SiteShape
@@ -107,3 +107,55 @@ def test_all_linear_is_every_module_but_the_head(spelling: str) -> None:
     assert _ours({"target_modules": spelling}) == [name for name in NAMES if name != "lm_head"]
     kept = _ours({"target_modules": spelling, "exclude_modules": ["q_proj"]})
     assert kept == [name for name in NAMES if name != "lm_head" and not name.endswith(".q_proj")]
+
+
+@pytest.mark.parametrize(
+    "repeats",
+    [
+        "a{1001}",
+        "a{1001,}",
+        "a{0,1001}",
+        "a{,1001}",
+        "(?:a{100}){11}",
+        "(?:(?:a?){11,}){,91}",
+        "a{2}b{501}",
+        "(?x)a{ 10 01 }",
+        "(?x)a{10#}\n01}",
+        "(?x)a{1#{2}\n001}",
+        "a{5#{1001}",  # no comment here
+        "(?:a){e<=1001}",
+        "(?:a){1<=e<=1001}",
+        "(?:a){i<=1,d<=1001}",
+        "(?:a){2i+1d<=1001}",
+        "a{99999999999999999999}",
+        "(?:" + "a" * 60 + "){400}",  # few repeats of much
+        "a" * 2001,
+        "(?:" * 900 + "a" + ")" * 90,
+        "(" * 700 + "a" + ")" * 700,
+    ],
+)
+def test_an_expression_that_would_take_long_to_compile_is_refused_before(repeats: str) -> None:
+    with pytest.raises(AdapterError) as caught:
+        matched(repeats, "model.layers.0.self_attn.q_proj", "exclude_modules")
+    assert caught.value.code == "bad_config"
+    assert caught.value.message.startswith("exclude_modules")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        r"model\.layers\.\d{1,2}\.self_attn\.(?:q|k|v|o)_proj",
+        r".*\.\d{1,3}\..*\d{0,2}(self_attn|mlp).*",
+        r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|k_proj|v_proj|gate_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn)\.(?:(?:q_proj|k_proj|v_proj)))" * 4,
+        "|".join(rf"model\.layers\.{layer}\.self_attn\.q_proj" for layer in range(40)),
+    ],
+)
+def test_expressions_as_people_write_them_are_not_too_large(rule: str) -> None:
+    assert "model.layers.0.self_attn.q_proj" in _ours({"target_modules": rule})
+
+
+def test_lists_of_names_may_be_long() -> None:
+    names = [f"model.layers.{layer}.self_attn.{module}_proj" for layer in range(200) for module in "qkvo"]
+    assert _ours({"target_modules": names}) == [name for name in NAMES if name in names]
+    assert pattern_value({name: index for index, name in enumerate(names)}, names[-1], "rank_pattern", None) == 799

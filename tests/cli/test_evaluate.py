@@ -148,16 +148,17 @@ def test_a_classification_head_s_likeliest_labels_are_counted(
     assert "no labels" in one_line(medley("evaluate", "number-judged", data, "--metric", "accuracy").stderr)
 
 
-def test_labels_of_one_text_are_one_choice(medley: Medley, server: ServerProcess, task: str, tmp_path: Path) -> None:
-    """The server can prefer one of them only by chance."""
-    labels = {"labels": {"first": " good", "same": " good", "other": " zzzzzzzz"}}
-    httpx.put(f"{server.url}/v1/tasks/{task}", json=labels, timeout=PATIENCE_SECONDS).raise_for_status()
-    best = _score(server, task, input="The food")["best"]
-    data = _lines(tmp_path / "data.jsonl", [("The food", name) for name in ("first", "same", "other")])
-    result = medley("evaluate", task, data, "--json")
-    httpx.put(f"{server.url}/v1/tasks/{task}", json={"labels": None}, timeout=PATIENCE_SECONDS).raise_for_status()
-    wanted = 2 / 3 if best < 2 else 1 / 3
-    assert json.loads(result.stdout)["metrics"] == {"accuracy": pytest.approx(wanted)}
+def test_the_base_is_measured_too(medley: Medley, server: ServerProcess, tmp_path: Path) -> None:
+    base = httpx.get(f"{server.url}/v1/models", timeout=PATIENCE_SECONDS).json()["data"][0]["id"]
+    data = _lines(tmp_path / "data.jsonl", [("The food", " x")])
+    result = medley("evaluate", base, data, "--max-tokens", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)["metrics"]) == {"exact_match", "bleu", "rougeL"}
+
+
+def test_half_a_character_is_refused_with_its_line(medley: Medley, task: str, tmp_path: Path) -> None:
+    data = _lines(tmp_path / "data.jsonl", [("a", "b"), ("\ud800", "b")])
+    assert "line 2" in one_line(medley("evaluate", task, data).stderr)
 
 
 def test_metrics_of_known_texts() -> None:

@@ -160,6 +160,7 @@ def test_vera_with_magnitudes_is_the_library_s_formula_and_its_bias_is_scaled(tm
     ("case", "code", "says", "changes"),
     [
         ("ia3", "unsupported_method", "use_dora", {"use_dora": True}),
+        ("vera", "bad_config", "attn_matrices", {"attn_matrices": [[]]}),
         ("vera", "base_mismatch", "different widths", {"attn_matrices": ["q", "k"]}),
         ("vera", "bad_config", "leave_out", {"leave_out": [0, 1, 2]}),
         ("vera", "base_mismatch", "lora_A", {"vera_d": 1, "vera_b": 0}),  # to the library a LoRA

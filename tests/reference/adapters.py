@@ -200,7 +200,7 @@ def save_adapter(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: 
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 _spread(name, parameter)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)  # as by default, with the base's output layer where that is targeted
     if not (config.is_prompt_learning or config.is_adaption_prompt):  # PEFT cannot take the latter off again
         model.unload()
 

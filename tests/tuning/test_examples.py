@@ -31,12 +31,20 @@ def test_an_unescaped_unicode_line_separator_does_not_end_a_line(write_lines: Wr
         ({"output": "a"}, r"line 2: the field `input` is missing"),
         ({"input": 1, "output": "a"}, r"line 2: the field `input` must be a string"),
         ({"input": "a", "output": ""}, r"line 2: the field `output` is empty"),
+        ({"input": "a\ud800", "output": "a"}, r"line 2: the field `input` has half of a surrogate pair"),
+        ('{"input": "a", "output": "\\udfff"}', r"line 2: the field `output` has half"),
         ({**GOOD, "label": "x"}, r"line 2: unknown field `label`"),
     ],
 )
 def test_a_bad_line_is_refused_by_number_and_field(write_lines: WriteLines, line: object, message: str) -> None:
     with pytest.raises(TuneError, match=message):
         read_examples(write_lines(GOOD, line, GOOD))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "output": "b"}\n')
+    assert read_examples(path) == [Example("a", "b", f"{path}, line 1")]
 
 
 def test_text_that_is_not_utf8_is_refused_by_line(tmp_path: Path) -> None:

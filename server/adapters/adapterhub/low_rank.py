@@ -153,7 +153,9 @@ def _modules(part: HubPart) -> list[str]:
     """The modules of a layer that the config names."""
     config = part.checkpoint.config
     matrices = config.get("attn_matrices") or []
-    if not isinstance(matrices, list) or not all(letter in _ATTENTION for letter in matrices):
+    if not isinstance(matrices, list) or not all(
+        isinstance(letter, str) and letter in _ATTENTION for letter in matrices
+    ):
         message = f"attn_matrices is {matrices!r}; it must be a list of {', '.join(_ATTENTION)}"
         raise AdapterError("bad_config", message, "attn_matrices")
     modules = [_ATTENTION[letter] for letter in matrices] if config.get("selfattn_lora") else []

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from server.adapters.checkpoint import Checkpoint
-from server.adapters.methods.ranks import module_rank, module_scaling
+from server.adapters.methods.ranks import lora_scaling, module_rank
 from server.adapters.targets import KEY_PREFIX, names_module
 from server.errors import AdapterError
-from server.model import BaseShape, DeltaKind, RowDelta, TokenEmbedding
+from server.model import BaseShape, DeltaKind, RowDelta, SiteKind, TokenEmbedding
 
 _DIGIT = 256  # whole numbers up to it are exact in every dtype of a base
 _DIGITS = 3
+_COPY_PREFIXES = (KEY_PREFIX, "base_model.")  # of layer methods; of prompts, which wrap the base only once
+_TARGETED = ".base_layer"  # what PEFT puts in a targeted module's place holds it under this name
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def embedding_low_rank(checkpoint: Checkpoint, base: BaseShape) -> RowDelta:
             raise AdapterError("unsupported_method", message, key)
     name, key = embedding.site, f"{KEY_PREFIX}{embedding.site}.lora_embedding"
     rank = module_rank(checkpoint, name)
-    scaling = module_scaling(checkpoint, name, rank, "lora_alpha") * embedding.scale
+    scaling = lora_scaling(checkpoint, name, rank) * embedding.scale
     columns = checkpoint.take(f"{key}_A", (rank, base.vocab_size)).t()
     up = checkpoint.take(f"{key}_B", (base.embedding_width, rank)).t()
     return RowDelta(_LookedUpLowRank(), (columns, checkpoint.finite(f"{key}_B", up * scaling)))
@@ -76,7 +78,7 @@ def trained_tokens(checkpoint: Checkpoint, base: BaseShape, config_key: str, ten
     module's name in the tensors' keys.
     """
     embedding = _embedding(base, config_key)
-    ids = _checked_ids(checkpoint.config[config_key], base, embedding, config_key)
+    ids = _checked_ids(checkpoint.config.get(config_key), base, embedding, config_key)
     key = f"{KEY_PREFIX}{embedding.site}.{tensor}"
     rows = checkpoint.take(key, (len(ids), base.embedding_width))
     index = torch.tensor(ids)
@@ -95,16 +97,30 @@ def trained_tokens(checkpoint: Checkpoint, base: BaseShape, config_key: str, ten
 
 
 def take_base_copies(checkpoint: Checkpoint, base: BaseShape) -> None:
-    """PEFT adds the base's own embedding or output layer to the file of an adapter that targets one. Take those that
-    are the base's indeed. Raises `unsupported_method` for one with other values: the rest was trained over it."""
-    ending = ".base_layer.weight"
+    """PEFT adds the base's own embedding and output layer to the file of an adapter that targets one, whatever its
+    method, and to any file with `save_embedding_layers`. Take those that are the base's indeed.
+
+    Raises `unsupported_method` for a targeted one with other values: the rest was trained over it. What is not targeted
+    and differs was trained itself; the method that has no use for it refuses it.
+    """
+    endings = (".weight", ".bias") if checkpoint.config.get("bias") in (None, "none") else (".weight",)
     for name in checkpoint.names:
-        if name.endswith(ending):
-            site = name.removeprefix(KEY_PREFIX).removesuffix(ending)
-            own = base.weight(site).cpu() if site in base.sites else None
-            if own is None or not torch.equal(checkpoint.take(name, tuple(own.shape)), own):
-                message = f"tensor {name} is not what this base has there; save the adapter over this base"
-                raise AdapterError("unsupported_method", message, name)
+        if not name.endswith(endings):
+            continue
+        module, _, kind = name.rpartition(".")
+        sites = [module.removesuffix(_TARGETED).removeprefix(prefix) for prefix in _COPY_PREFIXES]
+        site = next((site for site in sites if _is_vocabulary(base, site)), None)
+        own = None if site is None else (base.weight if kind == "weight" else base.bias)(site)
+        is_copy = own is not None and checkpoint.take_copy(name, own.cpu())
+        if module.endswith(_TARGETED) and kind == "weight" and not is_copy:
+            message = f"tensor {name} is not what this base has there; save the adapter over this base"
+            raise AdapterError("unsupported_method", message, name)
+
+
+def _is_vocabulary(base: BaseShape, site: str) -> bool:
+    """Whether it is the input embedding or the output layer."""
+    found = base.sites.get(site)
+    return found is not None and (found.kind is SiteKind.EMBEDDING or found.is_head)
 
 
 def _token_ids(digits: Tensor) -> Tensor:

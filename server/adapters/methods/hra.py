@@ -51,6 +51,9 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     deltas: dict[str, RowDelta] = {}
     for name in targeted_sites(checkpoint, base):
         key = f"{KEY_PREFIX}{name}.hra_u"
+        if rank > base.sites[name].inputs:  # the time that reading takes grows with its square
+            message = f"r is {rank}; more than the {base.sites[name].inputs} inputs of {name} make nothing new of it"
+            raise AdapterError("base_mismatch", message, "r")
         columns = checkpoint.take(key, (base.sites[name].inputs, rank))
         blocks = [block.to(columns.dtype) for block in _reflections(columns.double().t(), is_orthogonal)]
         deltas[name] = RowDelta(_InputLowRank(), tuple(checkpoint.finite(key, block) for block in blocks))

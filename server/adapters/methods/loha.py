@@ -18,7 +18,7 @@ from torch import Tensor
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import low_rank
 from server.adapters.method import Adapter, MethodFacts
-from server.adapters.methods.ranks import RANK_KEYS, module_rank, module_scaling
+from server.adapters.methods.ranks import RANK_KEYS, module_alpha, module_rank
 from server.adapters.targets import KEY_PREFIX, targeted_sites
 from server.model import BaseShape
 
@@ -56,7 +56,7 @@ def _factors(checkpoint: Checkpoint, base: BaseShape, name: str) -> tuple[Tensor
     rank = module_rank(checkpoint, name)
     smaller = min(site.inputs, site.outputs)
     checkpoint.expand(f"{key}_w1_a", min(rank**2, smaller) * (site.inputs + site.outputs))
-    up_1 = checkpoint.take(f"{key}_w1_a", (site.outputs, rank)).t() * module_scaling(checkpoint, name, rank, "alpha")
+    up_1 = checkpoint.take(f"{key}_w1_a", (site.outputs, rank)).t() * (module_alpha(checkpoint, name, "alpha") / rank)
     up_2 = checkpoint.take(f"{key}_w2_a", (site.outputs, rank)).t()
     down_1 = checkpoint.take(f"{key}_w1_b", (rank, site.inputs))
     down_2 = checkpoint.take(f"{key}_w2_b", (rank, site.inputs))

@@ -15,7 +15,7 @@ from torch import Tensor
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import kronecker
 from server.adapters.method import Adapter, MethodFacts
-from server.adapters.methods.ranks import RANK_KEYS, module_rank, module_scaling
+from server.adapters.methods.ranks import RANK_KEYS, module_alpha, module_rank
 from server.adapters.targets import KEY_PREFIX, targeted_sites
 from server.errors import AdapterError
 from server.model import BaseShape, RowDelta
@@ -63,7 +63,7 @@ def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> RowDelta:
     if len(right) == 2 and rank > min(len(right[0]), right[1].shape[1]):  # then the product is the smaller one
         right = [checkpoint.finite(f"{key}_w2_a", _product(right).to(base.dtype))]
     checkpoint.expand(f"{key}_w1", len(left[0]) * left[-1].shape[1])
-    scaled = _product(left) * module_scaling(checkpoint, name, rank, "alpha")
+    scaled = _product(left) * (module_alpha(checkpoint, name, "alpha") / rank)
     return kronecker(checkpoint.finite(f"{key}_w1", scaled.to(base.dtype)), *(each.t() for each in reversed(right)))
 
 

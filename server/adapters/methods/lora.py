@@ -27,8 +27,8 @@ from server.adapters.checkpoint import Checkpoint
 from server.adapters.deltas import in_turn, low_rank, output_scale, shift
 from server.adapters.method import Adapter, MethodFacts
 from server.adapters.methods.biases import take_biases
-from server.adapters.methods.embeddings import embedding_low_rank, take_base_copies, trained_tokens
-from server.adapters.methods.ranks import RANK_KEYS, module_rank, module_scaling
+from server.adapters.methods.embeddings import embedding_low_rank, trained_tokens
+from server.adapters.methods.ranks import RANK_KEYS, lora_scaling, module_rank
 from server.adapters.targets import KEY_PREFIX, targeted_sites
 from server.errors import AdapterError
 from server.model import BaseShape, RowDelta, SiteKind
@@ -97,7 +97,6 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     at_embedding = _at_embedding(checkpoint, base, sites)
     updates = {name: _update(checkpoint, base, name) for name in sites if name not in at_embedding}
     biases = take_biases(checkpoint, base, sites)
-    take_base_copies(checkpoint, base)
     checkpoint.close()
     deltas = {name: update.delta(biases.pop(name, None)) for name, update in updates.items()}
     deltas |= {name: shift(bias) for name, bias in biases.items()} | at_embedding
@@ -134,7 +133,7 @@ def _update(checkpoint: Checkpoint, base: BaseShape, name: str) -> _Update:
     """Take a module's tensors."""
     site, key = base.sites[name], f"{KEY_PREFIX}{name}"
     rank = module_rank(checkpoint, name)
-    scaling = module_scaling(checkpoint, name, rank, "lora_alpha")
+    scaling = lora_scaling(checkpoint, name, rank)
     down = checkpoint.take(f"{key}.lora_A.weight", (rank, site.inputs))
     up = checkpoint.take(f"{key}.lora_B.weight", (site.outputs, rank))
     up = checkpoint.finite(f"{key}.lora_B.weight", up * scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from server.adapters.checkpoint import Checkpoint
+from server.adapters.checkpoint import LARGEST_INTEGER, Checkpoint
 from server.adapters.targets import pattern_value
 from server.errors import AdapterError
 
@@ -17,18 +17,23 @@ def module_rank(checkpoint: Checkpoint, module: str) -> int:
     rank = pattern_value(_patterns(checkpoint, "rank_pattern"), module, "rank_pattern", None)
     if rank is None:
         return checkpoint.integer("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_INTEGER:
         raise AdapterError("bad_config", f"rank_pattern gives {module} the rank {rank!r}", "rank_pattern")
     return rank
 
 
-def module_scaling(checkpoint: Checkpoint, module: str, rank: int, alpha_key: str) -> float:
-    """alpha / rank, or alpha / √rank with `use_rslora`; alpha is at `alpha_key`, or what `alpha_pattern` gives."""
+def module_alpha(checkpoint: Checkpoint, module: str, key: str) -> float:
+    """The alpha of the first of `alpha_pattern` that names the module, else that at `key`."""
     alpha = pattern_value(_patterns(checkpoint, "alpha_pattern"), module, "alpha_pattern", None)
-    divisor = math.sqrt(rank) if checkpoint.config.get("use_rslora") else rank
     if alpha is not None:
-        return checkpoint.number("alpha_pattern", alpha) / divisor
-    return checkpoint.number(alpha_key, checkpoint.config.get(alpha_key)) / divisor
+        return checkpoint.number("alpha_pattern", alpha)
+    return checkpoint.number(key, checkpoint.config.get(key))
+
+
+def lora_scaling(checkpoint: Checkpoint, module: str, rank: int) -> float:
+    """alpha / rank, or alpha / √rank with `use_rslora`, which LoRA alone has."""
+    divisor = math.sqrt(rank) if checkpoint.config.get("use_rslora") else rank
+    return module_alpha(checkpoint, module, "lora_alpha") / divisor
 
 
 def _patterns(checkpoint: Checkpoint, key: str) -> dict[str, Any]:

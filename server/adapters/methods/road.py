@@ -53,7 +53,7 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         unsupported=("modules_to_save",),
     )
     variant, group = checkpoint.config.get("variant", "road_1"), checkpoint.integer("group_size")
-    if variant not in _SIZES:
+    if not isinstance(variant, str) or variant not in _SIZES:
         raise AdapterError("bad_config", f"variant is {variant!r}; {', '.join(_SIZES)} are known", "variant")
     deltas: dict[str, RowDelta] = {}
     for name in targeted_sites(checkpoint, base):

@@ -37,6 +37,7 @@ from server.adapters.methods import (
     trainable_tokens,
     vera,
 )
+from server.adapters.methods.embeddings import take_base_copies
 from server.errors import AdapterError
 from server.model import BaseShape
 
@@ -91,5 +92,6 @@ def read_adapter(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
         )
     if key != PEFT_KEY:
         return table[named].read(checkpoint, base)
+    take_base_copies(checkpoint, base)
     head, rest = take_peft_head(checkpoint, base)
     return replace(table[named].read(rest, base), head=head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from server.adapters.checkpoint import Checkpoint
 from server.adapters.method import Adapter, MethodFacts
-from server.adapters.methods.embeddings import take_base_copies, trained_tokens
+from server.adapters.methods.embeddings import trained_tokens
 from server.adapters.targets import targeted_sites
 from server.model import BaseShape, SiteKind
 
@@ -32,6 +32,5 @@ def read(checkpoint: Checkpoint, base: BaseShape) -> Adapter:
     if checkpoint.config.get("target_modules") is not None:  # else PEFT takes the input embedding
         targeted_sites(checkpoint, base, SiteKind.EMBEDDING)
     deltas = trained_tokens(checkpoint, base, "token_indices", "trainable_tokens_delta")
-    take_base_copies(checkpoint, base)
     checkpoint.close()
     return Adapter(method=NAME, deltas=deltas, parameters=checkpoint.parameters, warnings=tuple(checkpoint.warnings))
