@@ -26,7 +26,7 @@ from adapters_store.errors import (
 )
 from adapters_store.garbage import GarbageCollector, GarbageReport
 from adapters_store.identity import ADAPTER_FILES, adapter_digest
-from adapters_store.index.api_keys import KEY_SCOPES, ApiKey, ApiKeys, KeyScope, Quotas
+from adapters_store.index.api_keys import KEY_SCOPES, MAX_QUOTA, ApiKey, ApiKeys, KeyScope, Quotas
 from adapters_store.index.feed import FeedEvent, FeedListener
 from adapters_store.index.index import RedisIndex
 from adapters_store.index.usage import LEASE_SECONDS, LocalUsage, SharedUsage, Usage
@@ -60,6 +60,7 @@ __all__ = [
     "ID_PATTERN",
     "KEY_SCOPES",
     "LEASE_SECONDS",
+    "MAX_QUOTA",
     "ApiKey",
     "ApiKeyDirectory",
     "ApiKeys",

@@ -105,7 +105,8 @@ async def _put_and_name(
     loop = asyncio.get_running_loop()
     give_up = loop.time() + RETRY_SECONDS
     while True:
-        begun = await index.garbage.begin()
+        with index.asking():
+            begun = await index.garbage.begin()
         files = await asyncio.to_thread(_put_all, blobs, folder)
         try:
             return await name(files, begun)

@@ -37,6 +37,8 @@ class IndexWriter(Scripted):
         self._staged = Keys(keys.restoring)
         self._payers: dict[str, str] = {}  # API keys, and the numbers that customizations name them by
         self._paid: Counter[tuple[str, str]] = Counter()  # bytes, by task and API key or "#" and its number
+        self._task = ""  # whose customizations are being written
+        self._bills_of: dict[str, tuple[int, int]] = {}  # of its users: who pays, for how many bytes
 
     async def demand_empty(self) -> None:
         """`Conflict` where there is, or ever was, anything."""
@@ -63,6 +65,7 @@ class IndexWriter(Scripted):
 
     async def finish_sums(self) -> None:
         """Write what was counted over all parts: what the API keys have stored."""
+        self._count_customizations()
         left = iter(self._paid.items())
         while batch := list(islice(left, AT_ONCE)):
             async with self.redis.pipeline(transaction=True) as pipeline:
@@ -127,12 +130,13 @@ class IndexWriter(Scripted):
                 pipeline.hset(self._staged.public, task_id, part.name)
                 yield self._staged.public
         elif part.kind == "customizations":
+            if part.name != self._task:
+                self._count_customizations()
+                self._task = part.name
             for user, stored in fields.items():
                 pipeline.zadd(self._staged.user(user), {part.name: 0})
                 yield self._staged.user(user)
-                payer, size = paid_by(stored)
-                if payer:
-                    self._paid[part.name, f"#{payer}"] += size
+                self._bills_of[user] = paid_by(stored)
         elif part.kind == "bills":
             for bill in fields.values():
                 size, _, payer = bill.partition(" ")
@@ -144,6 +148,14 @@ class IndexWriter(Scripted):
                 key_id = msgspec.json.decode(record.partition(" ")[2])["id"]
                 pipeline.hset(self._staged.api_key_ids, key_id, sha256)
             yield self._staged.api_key_ids
+
+    def _count_customizations(self) -> None:
+        """Of the task whose parts have ended: a user may stand in several of them, and the last one is what is written.
+        A backup has a task's parts behind each other."""
+        for payer, size in self._bills_of.values():
+            if payer:
+                self._paid[self._task, f"#{payer}"] += size
+        self._bills_of.clear()
 
     def _key(self, part: Part) -> str:
         spelled = getattr(self._staged, part.kind)

@@ -11,6 +11,7 @@ blob is not known here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from adapters_store.blobs.staging import Staging, full_disk_named, place, sync
-from adapters_store.errors import VersionCorrupt
+from adapters_store.errors import StoreUnavailable, VersionCorrupt
 from adapters_store.records import FileRecord
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -35,7 +36,8 @@ class StoredBlob(NamedTuple):
 
 
 class BlobStore(Protocol):
-    """Where the bytes of all versions are. Any call may raise `StoreUnavailable` where that is not this machine."""
+    """Where the bytes of all versions are. Any call may raise `StoreUnavailable`: a bucket that does not answer, or no
+    file that could be opened."""
 
     def check(self) -> None:
         """Return if the store answers; `BucketRefused` where only an operator can mend that it does not."""
@@ -92,7 +94,8 @@ class LocalBlobs:
         """A folder that this process has made is there."""
 
     def read(self, sha256: str) -> bytes:
-        """The blob's bytes; `VersionCorrupt` where it is absent or its content does not match its name."""
+        """The blob's bytes; `VersionCorrupt` where it is absent, unreadable or its content does not match its name;
+        `StoreUnavailable` where this process has too many files open."""
         with self._open(sha256) as file:
             content = file.read()
         verify(sha256, hashlib.sha256(content).hexdigest())
@@ -163,11 +166,19 @@ class LocalBlobs:
         """Remove the staging folders whose owner is dead; those of living processes stay."""
         return self._staging.sweep()
 
-    def _open(self, sha256: str) -> BufferedReader:
+    @contextmanager
+    def _open(self, sha256: str) -> Iterator[BufferedReader]:
+        """The blob's file; whatever the file system says, now or while it is read, is one of the store's errors."""
         try:
-            return self.path(sha256).open("rb")
+            with self.path(sha256).open("rb") as file:
+                yield file
         except FileNotFoundError:
             raise missing(sha256) from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the blob is as good as before
+                message = f"blob {sha256} cannot be opened now: {error.strerror}; raise the limit on open files"
+                raise StoreUnavailable(message) from error
+            raise VersionCorrupt(sha256, f"blob {sha256} cannot be read: {error.strerror}") from error
 
 
 def is_sha256(name: str) -> bool:

@@ -22,10 +22,12 @@ KeyScope = Literal["invoke", "publish", "admin"]
 """What a key allows: to have tasks answer and to read them; also to change tasks, versions and users; everything.
 Each contains the ones before it."""
 KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
+MAX_QUOTA = 2**53
+"""Redis' scripts count with doubles, and these are exact up to here."""
 
 
 class Quotas(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """How much a key may use; None: any amount."""
+    """How much a key may use, 1 to `MAX_QUOTA` of each; None: any amount."""
 
     requests_per_minute: int | None = None
     concurrent_requests: int | None = None

@@ -13,11 +13,11 @@ import msgspec
 from redis.client import NEVER_DECODE
 
 from adapters_store.errors import NotFound
-from adapters_store.index.connection import redis_errors
 from adapters_store.index.packed import pack, paid_by, unpack
 from adapters_store.index.scripts import Scripted
 from adapters_store.index.stored import blobs_deleting, size_of
 from adapters_store.records import BY_NOBODY, Change, Customization, NewCustomization
+from adapters_store.scope import id_of
 
 _DELETED_AT_ONCE = 1000  # what one script deletes while everybody waits
 
@@ -61,10 +61,10 @@ class CustomizationCalls(Scripted):
 
     async def charged_for(self, user: str, task: str, key_id: str) -> int:
         """The bytes that the user's customization of the task counts for this API key: 0 where another one pays."""
-        async with self.redis.pipeline(transaction=False) as pipeline:
-            pipeline.execute_command("HGET", self.keys.customizations(task), user, **{NEVER_DECODE: True})
-            pipeline.hget(self.keys.payers, key_id)
-            with redis_errors():
+        with self.asking():
+            async with self.redis.pipeline(transaction=False) as pipeline:
+                pipeline.execute_command("HGET", self.keys.customizations(task), user, **{NEVER_DECODE: True})
+                pipeline.hget(self.keys.payers, key_id)
                 stored, number = await pipeline.execute()
         payer, size = (0, 0) if stored is None else paid_by(stored)
         return size if payer and payer == int(number or 0) else 0
@@ -87,19 +87,26 @@ class CustomizationCalls(Scripted):
             after = names[-1] if names else after
         return found, has_more
 
+    async def customized_as(self, user: str, task_id: str) -> list[str]:
+        """The tasks of this id, whosever they are, that the user customized, by name; deleted ones may be among them.
+        It looks at all tasks of the user."""
+        with self.asking():
+            names: list[Any] = await self.redis.zrange(self.keys.user(user), 0, -1)
+        return [name for name in names if id_of(name) == task_id]
+
     async def scan_customizations(self, task: str, limit: int, cursor: int = 0) -> tuple[list[Customization], int]:
         """A page of the task's customizations, of about `limit`, in no order; and the next page's cursor, 0 at the end.
 
         Each that exists all the time is in at least one page; it may be in two. A page may be empty before the end.
         """
         following, rows = await self.run_raw("HSCAN", self.keys.customizations(task), cursor, "COUNT", limit)
-        with redis_errors():  # after the rows: it has all that they name
+        with self.asking():  # after the rows: it has all that they name
             words = _by_number(await self.redis.hgetall(self.keys.words))
         return [unpack(user.decode(), task, stored, words) for user, stored in rows.items()], following
 
     async def count_customizations(self, task: str) -> int:
         """How many users customized the task."""
-        with redis_errors():
+        with self.asking():
             return int(await self.redis.hlen(self.keys.customizations(task)))
 
     async def delete_customization(self, user: str, task: str, *, change: Change = BY_NOBODY) -> None:
@@ -127,26 +134,19 @@ class CustomizationCalls(Scripted):
 
     async def _list_tasks_of(self, user: str, limit: int, after: str | None) -> tuple[list[str], bool]:
         low = "-" if after is None else f"({after}"
-        with redis_errors():
+        with self.asking():
             names: list[Any] = await self.redis.zrangebylex(self.keys.user(user), low, "+", start=0, num=limit + 1)
         return names[:limit], len(names) > limit
 
     async def _read(
         self, user: str, tasks: Sequence[str], *, made: str = ""
     ) -> tuple[list[Customization | None], str | None]:
-        """Of each task the user's customization; and when the task `made` was made. Packed records are no text: the
-        client is not to decode them."""
-        async with self.redis.pipeline(transaction=False) as pipeline:
-            for task in tasks:
-                pipeline.execute_command("HGET", self.keys.customizations(task), user, **{NEVER_DECODE: True})
-            # After the rows: the words have all that they name, and a task that is the same still was so then.
-            pipeline.hgetall(self.keys.words)
-            pipeline.hget(self.keys.task(made), "created")
-            with redis_errors():
-                *rows, numbers, created = await pipeline.execute()
-        words = _by_number(numbers)
+        """Of each task the user's customization; and when the task `made` was made, all of one moment."""
+        keys, arguments = [self.keys.words, self.keys.task(made)], [user, self.keys.customizations_of, *tasks]
+        flat, created, *rows = await self.run_raw_script("read_customizations", keys, arguments)
+        words = {int(number): word.decode() for word, number in zip(flat[::2], flat[1::2], strict=True)}
         found = [None if row is None else unpack(user, task, row, words) for task, row in zip(tasks, rows, strict=True)]
-        return found, created
+        return found, None if created is None else created.decode()
 
 
 def _by_number(numbers: Mapping[Any, Any]) -> dict[int, str]:

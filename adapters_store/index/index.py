@@ -69,7 +69,7 @@ class RedisIndex(VersionCalls, CustomizationCalls):
         """The id of the index that stands in Redis now, which is a new and empty one if none does."""
         keys = [self.keys.index_id, self.keys.schema, self.keys.feed]
         arguments = [secrets.token_hex(16), SCHEMA, *announced(BY_NOBODY)]
-        index_id, schema = await self.run("identify", keys, arguments)  # also while away: this is how it comes back
+        index_id, schema = await self.run_always("identify", keys, arguments)
         if schema != SCHEMA:
             raise RedisMisconfigured(
                 f"the index at {self.url} was written by another release: it has layout {schema}, this release reads "

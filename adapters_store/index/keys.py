@@ -62,22 +62,23 @@ class Keys:
         self._bills = f"{namespace}:bills:"
         self._leases = f"{namespace}:leases:"
         self.customizations_of = f"{namespace}:customizations:"
-        """Prefix of `customizations`, for the script that deletes all of a user's."""
-        self._task = f"{namespace}:task:"
-        self._versions = f"{namespace}:versions:"
+        """Prefix of `customizations`, for the scripts that go through all of a user's."""
+        self.task_of = f"{namespace}:task:"
+        self.activations_of = f"{namespace}:activations:"
+        self.versions_of = f"{namespace}:versions:"
+        """Prefixes of `task`, `activations` and `versions`, for the script that reads many tasks."""
         self._digests = f"{namespace}:digests:"
-        self._activations = f"{namespace}:activations:"
         self._history = f"{namespace}:history:"
         self._user = f"{namespace}:user:"
 
     def task(self, name: str) -> str:
         """Hash: `settings` (JSON), `revision`, `created`, `updated`; `active`, `canary` and `percent` where there are
         such."""
-        return self._task + name
+        return self.task_of + name
 
     def versions(self, name: str) -> str:
         """Hash, version number → its record: the time, a space, the `NewVersion` as JSON."""
-        return self._versions + name
+        return self.versions_of + name
 
     def digests(self, name: str) -> str:
         """Hash, "digest base_fingerprint" → the number of the version with this content made for this base."""
@@ -85,7 +86,7 @@ class Keys:
 
     def activations(self, name: str) -> str:
         """List, newest first: the versions that were active before the active one, each at most once."""
-        return self._activations + name
+        return self.activations_of + name
 
     def history(self, name: str) -> str:
         """List, newest first: the task's changes, each a `HistoryEntry` as a JSON array; outlives the task."""

@@ -6,7 +6,8 @@ changes something gets three more arguments than its caller names: the feed's le
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
 from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 from adapters_store.errors import StoreUnavailable
 from adapters_store.index.connection import redis_errors
@@ -32,12 +34,24 @@ class Scripted:
         """Whether Redis is known not to answer; set by who follows the feed."""
         self._scripts: dict[str, AsyncScript] = {}
 
-    async def run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
-        """What `script`.lua answers. Raises as `redis_errors` does."""
-        if script not in self._scripts:
-            self._scripts[script] = self.redis.register_script(_text_of(script))
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around what is asked of Redis: as `redis_errors`, and `StoreUnavailable` while `is_away`. Else everybody who
+        asks would wait for as long as a call may take, and longer for one of the connections."""
+        if self.is_away():
+            raise StoreUnavailable("Redis is away; ask again soon")
         with redis_errors():
-            return await self._scripts[script](keys=keys, args=arguments)
+            yield
+
+    async def run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """What `script`.lua answers. Raises as `asking` does."""
+        with self.asking():
+            return await self._script(script)(keys=keys, args=arguments)
+
+    async def run_always(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """As `run`, also while `is_away`: for who has to notice that Redis is back."""
+        with redis_errors():
+            return await self._script(script)(keys=keys, args=arguments)
 
     async def run_change(self, script: str, keys: list[str], arguments: list[Any], change: Change) -> Any:
         """As `run`, for a script that announces or records what it changes; `StoreUnavailable` while `is_away`.
@@ -52,8 +66,24 @@ class Scripted:
     async def run_raw(self, *command: str | int) -> Any:
         """What a single Redis command answers, with bytes in place of texts: packed records are none."""
         execute: Callable[..., Awaitable[Any]] = self.redis.execute_command
-        with redis_errors():
+        with self.asking():
             return await execute(*command, **{NEVER_DECODE: True})
+
+    async def run_raw_script(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """As `run`, for a script that only reads, with bytes in place of texts."""
+        known = self._script(script)
+        command = ("EVALSHA", known.sha, len(keys), *keys, *arguments)
+        try:
+            return await self.run_raw(*command)
+        except NoScriptError:
+            with self.asking():
+                await self.redis.script_load(known.script)
+            return await self.run_raw(*command)
+
+    def _script(self, name: str) -> AsyncScript:
+        if name not in self._scripts:
+            self._scripts[name] = self.redis.register_script(_text_of(name))
+        return self._scripts[name]
 
     def _of_bills(self, task: str) -> list[str]:
         """The last keys of a script that changes what versions count for an API key."""

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from adapters_store.errors import Conflict, NotFound
-from adapters_store.index.connection import redis_errors
 from adapters_store.index.scripts import Scripted
 from adapters_store.index.stored import decode_version
 from adapters_store.records import (
@@ -56,8 +55,8 @@ class TaskCalls(Scripted):
 
     async def read_tasks(self, names: Sequence[str]) -> list[TaskState | None]:
         """For each name its record, active and canary version, all of one moment; None where there is no task."""
-        keys = [key(name) for name in names for key in (self.keys.task, self.keys.activations, self.keys.versions)]
-        rows = await self.run("read_tasks", keys, [])
+        prefixes = [self.keys.task_of, self.keys.activations_of, self.keys.versions_of]
+        rows = await self.run("read_tasks", [], [*prefixes, *names])
         return [_decode_state(name, row) for name, row in zip(names, rows, strict=True)]
 
     async def list_tasks(self, limit: int, after: str | None = None) -> tuple[list[Task], bool]:
@@ -80,7 +79,7 @@ class TaskCalls(Scripted):
         low, high = ("-", "+") if tenant is None else (f"[{tenant}/", f"({tenant}0")  # "0" is the sign after "/"
         if after is not None:
             low = f"({_listed(after)}"
-        with redis_errors():
+        with self.asking():
             found: list[Any] = await self.redis.zrangebylex(self.keys.tasks, low, high, start=0, num=limit + 1)
         names = [name.removeprefix("/") for name in found[:limit]]
         states = await self.read_tasks(names) if names else []
@@ -88,7 +87,7 @@ class TaskCalls(Scripted):
 
     async def count_tasks(self) -> int:
         """How many tasks there are."""
-        with redis_errors():
+        with self.asking():
             return int(await self.redis.zcard(self.keys.tasks))
 
     async def delete_task(self, task: str, *, change: Change = BY_NOBODY) -> None:
@@ -129,7 +128,7 @@ class TaskCalls(Scripted):
         """When each of the tasks was last used, if ever: one call for all."""
         if not tasks:
             return []
-        with redis_errors():
+        with self.asking():
             scores: list[Any] = await self.redis.zmscore(self.keys.last_used, list(tasks))
         return [None if score is None else float(score) for score in scores]
 

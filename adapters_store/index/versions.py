@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from adapters_store.errors import Conflict, NotFound
-from adapters_store.index.connection import redis_errors
 from adapters_store.index.stored import blobs_deleting, content_of, decode_version, size_of
 from adapters_store.index.tasks import TaskCalls
 from adapters_store.records import BY_NOBODY, Canary, Change, NewVersion, Task, TaskSettings, Version
@@ -55,7 +54,7 @@ class VersionCalls(TaskCalls):
 
     async def read_versions(self, task: str, numbers: Sequence[int]) -> dict[int, Version]:
         """Those of the numbered versions (at least one number) that exist."""
-        with redis_errors():
+        with self.asking():
             rows: list[Any] = await self.redis.hmget(self.keys.versions(task), [str(number) for number in numbers])
         found = zip(numbers, rows, strict=True)
         return {number: decode_version(task, number, row) for number, row in found if row is not None}

@@ -16,6 +16,7 @@ import structlog
 from adapters_store.errors import Conflict, NotFound, StoreError, StoreUnavailable
 from adapters_store.index.feed import TASK_EVENTS, FeedListener, FeedLost
 from adapters_store.index.index import RedisIndex
+from adapters_store.index.versions import VersionCalls
 from adapters_store.mirror.entries import Mirror, Mirrored
 from adapters_store.records import Task, TaskState, Version
 from adapters_store.scope import id_of, scoped
@@ -38,6 +39,7 @@ class TaskDirectory:
 
     def __init__(self, index: RedisIndex) -> None:
         self._index = index
+        self._reader = VersionCalls(index.redis, index.keys)  # its calls do not end while `index` says `is_away`
         self._mirror = Mirror()
         self._listeners: list[FeedListener] = []
         self._index_id = ""
@@ -56,7 +58,7 @@ class TaskDirectory:
     async def start(self) -> None:
         """Load all tasks (`StoreUnavailable` if that fails), then follow the feed in a task of its own.
 
-        From then on until `stop` the index sends no change while Redis is not available.
+        From then on until `stop` the index asks nothing of Redis while that is not available.
         """
         await self._load()
         self._follower = asyncio.create_task(self._follow(), name="change feed")
@@ -138,13 +140,13 @@ class TaskDirectory:
         """Read these tasks anew. A writer calls it after its own change, which the feed would bring a little later."""
         wanted = sorted(set(names))
         async with self._reading:
-            for name, found in zip(wanted, await self._index.read_tasks(wanted), strict=True):
+            for name, found in zip(wanted, await self._reader.read_tasks(wanted), strict=True):
                 if found is None:
                     self._mirror.drop(name)
                     continue
                 held = self._mirror.entries.get(name)
                 asked = [] if held is None else list(held.others)
-                self._mirror.hold(found, await self._index.read_versions(name, asked) if asked else {})
+                self._mirror.hold(found, await self._reader.read_versions(name, asked) if asked else {})
 
     async def _select(self, entry: Mirrored, selector: str) -> Version:
         task, active, canary = entry.state
@@ -172,7 +174,7 @@ class TaskDirectory:
             mirror = Mirror()
             has_more, last = True, None
             while has_more:
-                page, has_more = await self._index.list_states(PAGE, last)
+                page, has_more = await self._reader.list_states(PAGE, last)
                 for state in page:
                     mirror.hold(state, {})
                 last = page[-1].task.name if page else last

@@ -6,6 +6,7 @@ the engine's to say.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from adapters_store import (
@@ -15,6 +16,7 @@ from adapters_store import (
     NotFound,
     TaskState,
     customize_files,
+    id_of,
 )
 from adapters_store.records import Mode
 from server.api.adapter_refs import adapter_of
@@ -79,7 +81,31 @@ async def put_customization(
 
 
 async def delete_customization(services: Services, caller: Caller, user: str, task: str) -> None:
-    """Remove it, or raise `NotFound`. Both are scoped names."""
+    """Remove it, or raise `NotFound`. Both are scoped names. Where there is none, what the user has over other tenants'
+    tasks of this id goes: once such a task is public no longer, nothing else names it, and it still counts."""
+    try:
+        await _delete(services, caller, user, task)
+    except NotFound:
+        others = [name for name in await services.index.customized_as(user, id_of(task)) if name != task]
+        deleted = False
+        for other in others:
+            with suppress(NotFound):
+                await _delete(services, caller, user, other)
+                deleted = True
+        if not deleted:
+            raise
+
+
+async def find_customization(services: Services, user: str, task: str) -> Customization | None:
+    """What the user has over the task, else what `delete_customization` removes in its place. Both are scoped names."""
+    found = await services.index.find_customization(user, task)
+    if found is None:
+        for other in await services.index.customized_as(user, id_of(task)):
+            found = found or await services.index.find_customization(user, other)
+    return found
+
+
+async def _delete(services: Services, caller: Caller, user: str, task: str) -> None:
     await services.index.delete_customization(user, task, change=caller.change)
     services.customizations.forget(user, task)
 

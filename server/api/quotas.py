@@ -34,7 +34,8 @@ class Admitted:
 
     caller: Caller
     lease: str | None = None
-    settled: bool = False
+    settling: asyncio.Task[None] | None = None
+    """The work of its end, once that has begun."""
 
 
 class QuotaKeeper:
@@ -46,6 +47,7 @@ class QuotaKeeper:
         self._available = available
         self._local = LocalUsage()
         self._held: dict[str, str] = {}  # lease → key, of requests under way
+        self._settling: set[asyncio.Task[None]] = set()  # the loop itself would not keep them
 
     async def admit(self, caller: Caller) -> Admitted:
         """Let the request in, or raise `QuotaError`. What was admitted is settled, whatever comes of it."""
@@ -71,16 +73,22 @@ class QuotaKeeper:
 
     async def settle(self, admitted: Admitted) -> None:
         """The request has ended: charge what it used, then give its place back, so that who gets it finds the charge.
-        Only the first call does anything."""
-        if admitted.settled:
-            return
-        admitted.settled = True
-        caller = admitted.caller
+        Only the first call does anything, and a caller that is cancelled, as a client that goes away makes it be, does
+        not end it half-way: it is a task of its own."""
+        if admitted.settling is None:
+            admitted.settling = asyncio.create_task(self._settle(admitted))
+            self._settling.add(admitted.settling)
+            admitted.settling.add_done_callback(self._settling.discard)
+        await asyncio.shield(admitted.settling)
+
+    async def _settle(self, admitted: Admitted) -> None:
+        caller, lease = admitted.caller, admitted.lease
+        if lease is not None:
+            self._held.pop(lease, None)  # whatever comes now, it is not renewed for ever
         limit, tokens = caller.quotas.tokens_per_day, caller.bill.tokens
         if limit is not None and tokens:
             await self._ask(lambda usage: usage.charge_tokens(caller.key_id, limit, tokens))
-        if (lease := admitted.lease) is not None:
-            self._held.pop(lease, None)
+        if lease is not None:
             await self._local.release(caller.key_id, lease)
             await self._ask(lambda usage: usage.release(caller.key_id, lease))
 
@@ -91,6 +99,8 @@ class QuotaKeeper:
         limit = caller.quotas.stored_bytes
         if limit is None:
             return
+        if not self._available():
+            raise StoreUnavailable("Redis is away, and what the API key has stored is known there; ask again soon")
         stored, freed = await self._shared.stored_bytes(caller.key_id), await replaced()
         if size > freed and stored - freed + size > limit:
             instead = f" in place of {freed}" if freed else ""

@@ -21,6 +21,7 @@ from server.api.templates import PromptTemplate
 from server.api.tenancy import own
 from server.errors import RequestError
 
+_MAX_REVISION_DIGITS = 18  # no settings were changed that often; Python refuses to read thousands of digits
 _ATTEMPTS = 16  # each that fails is another caller's success
 
 
@@ -62,7 +63,7 @@ def revision_of(if_match: str | None) -> int | None:
     if if_match is None:
         return None
     text = if_match.strip().strip('"')
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_REVISION_DIGITS):
         message = f"If-Match is {if_match[:40]!r}; send a task's revision, as its ETag has it"
         raise RequestError("invalid_request", message, "If-Match")
     return int(text)

@@ -13,6 +13,7 @@ from server.cli.archive import Archive, opened
 from server.cli.client import Client, Json, Url, task_path
 from server.cli.errors import CommandError
 
+_GRANTED = ("public", "pinned")  # what only some keys may set
 _DERIVED_FILE = "medley.json"  # what the server found out at the upload; it does so again
 
 
@@ -34,13 +35,26 @@ def import_(
             numbers[version["version"]] = number
             print(f"{task}@{number}: version {version['version']} of the archive, {version['method']}")
         # only now, so that nothing changes for those who use the task if a version is refused
-        client.call("PUT", task_path(task), body=_settings(archive.manifest["settings"]))
+        settings: Json = archive.manifest["settings"]
+        granted = [name for name in _GRANTED if settings.get(name)]
+        # `public` is not sent where it is false either: only an admin's key may speak of it
+        plain = {name: value for name, value in settings.items() if name != "public" and name not in granted}
+        client.call("PUT", task_path(task), body=plain)
         _point(client, task, archive.manifest, numbers)
+        _grant(client, task, granted)
 
 
-def _settings(settings: Json) -> Json:
-    """All of them but `public` where it is false: only an admin's key may speak of it."""
-    return {name: value for name, value in settings.items() if name != "public" or value}
+def _grant(client: Client, task: str, granted: list[str]) -> None:
+    """The settings that not every publisher may make: the task is there without them."""
+    refused = {}
+    for name in granted:
+        try:
+            client.call("PUT", task_path(task), body={name: True})
+        except CommandError as error:
+            refused[name] = error
+    if refused:
+        why = "; ".join(f"not {name}: {error}" for name, error in refused.items())
+        raise CommandError(f"{task} is imported with all its versions and other settings, but {why}")
 
 
 def _publish(client: Client, task: str, archive: Archive, version: Json) -> int:

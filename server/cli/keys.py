@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from adapters_store import ID_PATTERN, ApiKey, KeyScope, Quotas
+from adapters_store import ID_PATTERN, MAX_QUOTA, ApiKey, KeyScope, Quotas
 from server.cli.store_access import DataDir, RedisUrl, open_index, settings_of
 from server.cli.table import ago, print_table
 from server.settings import Settings
@@ -25,7 +25,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 
 
 def _quota(option: str, text: str) -> Any:
-    return typer.Option(option, min=1, metavar="N", help=f"{text} (default: any number).", show_default=False)
+    return typer.Option(
+        option, min=1, max=MAX_QUOTA, metavar="N", help=f"{text} (default: any number).", show_default=False
+    )
 
 
 @app.command()
@@ -48,6 +50,8 @@ def create(
         raise typer.BadParameter(
             f"{tenant!r} is no tenant: letters, digits and ._:- (at most 128)", param_hint="--tenant"
         )
+    if not name.strip():
+        raise typer.BadParameter("it is empty; say whose key it is, for the list of keys", param_hint="NAME")
     quotas = Quotas(
         requests_per_minute=requests_per_minute,
         concurrent_requests=concurrent_requests,

@@ -37,6 +37,8 @@ def check_shape(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": [-1]}, "invalid_request", "prompt"),
         ({"prompt": ["x"] * 9}, "invalid_request", "prompt"),
         ({"max_tokens": -1}, "invalid_request", "max_tokens"),
+        ({"max_tokens": 10**30}, "invalid_request", "max_tokens"),
+        ({"min_tokens": 2**31}, "invalid_request", "min_tokens"),
         ({"max_tokens": "5"}, "invalid_request", "max_tokens"),
         ({"max_tokens": 1000}, "context_length_exceeded", "max_tokens"),
         ({"prompt": [70] * 300}, "context_length_exceeded", "prompt"),

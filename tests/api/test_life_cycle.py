@@ -67,6 +67,7 @@ def test_settings_that_are_changed_at_once_are_all_kept(scripted: Scripted) -> N
 def test_a_revision_that_is_named_is_the_only_one_that_is_changed(http: httpx.Client, task: str) -> None:
     path = f"/v1/tasks/{task}"
     assert error_of(http.put(path, json={}, headers={"If-Match": '"1"'})) == (412, "changed_meanwhile")
+    assert error_of(http.put(path, json={}, headers={"If-Match": "1" * 5000})) == (400, "invalid_request")
     made = http.put(path, json={"description": "one"})
     assert made.headers["etag"] == http.get(path).headers["etag"] == f'"{made.json()["revision"]}"'
     seen = {"If-Match": made.headers["etag"]}
@@ -88,6 +89,9 @@ def test_customization_limits_are_checked_and_shown(http: httpx.Client, task: st
     assert (error_of(bad), bad.json()["error"]["param"]) == ((400, "invalid_request"), "customization.methods")
     bad = http.put(path, json={"customization": {"max_bytes": -1}})
     assert bad.json()["error"]["param"] == "customization.max_bytes"
+    for limit in ("max_virtual_tokens", "max_parameters", "max_bytes"):
+        bad = http.put(path, json={"customization": {limit: 2**70}})
+        assert (error_of(bad), bad.json()["error"]["param"]) == ((400, "invalid_request"), f"customization.{limit}")
     assert http.put(path, json={"customization": None}).json()["customization"] is None
     http.delete(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters_store import PrivateRedis, Quotas
+from adapters_store import LocalUsage, PrivateRedis, Quotas
+from server.api.caller import Caller
+from server.api.quotas import QuotaKeeper
 from server.engine.protocol import BaseFacts, Generate, Tokens
 from tests.api.conftest import BASE_ID, folder_files
 from tests.api.keyed import Keyed, error_of, keyed
@@ -166,6 +169,41 @@ def go_away(server: Keyed, text: str, came: threading.Semaphore, *, stream: bool
         read = b""
         while stream and read.count(b"data: ") < told:
             read += connection.recv(2**16)
+
+
+class SlowUsage(LocalUsage):
+    """Charges tokens when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.let = asyncio.Event(), asyncio.Event()
+
+    async def charge_tokens(self, key_id: str, limit: int, count: int) -> None:
+        self.begun.set()
+        await self.let.wait()
+        await super().charge_tokens(key_id, limit, count)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_request_that_is_cancelled_while_it_is_charged_pays_and_frees_its_place() -> None:
+    """As a client does that closes once it has read [DONE]."""
+    usage = SlowUsage()
+    keeper = QuotaKeeper(usage, lambda: True)  # type: ignore[arg-type]  # the calls that it makes are the same
+    quotas = Quotas(concurrent_requests=1, tokens_per_day=5)
+    caller = Caller(key_id="k", quotas=quotas)
+    admitted = await keeper.admit(caller)
+    caller.bill.tokens = 5
+    ending = asyncio.create_task(keeper.settle(admitted))
+    await usage.begun.wait()
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    usage.let.set()
+    await keeper.settle(admitted)
+    assert await usage.lease("k", "another", 1) is None, "its place is free"
+    assert await usage.tokens("k", 5) is not None, "it has paid"
+    assert not keeper._held, "its lease is not renewed"
 
 
 def test_a_request_over_the_minute_takes_no_place_among_the_concurrent(server: Keyed) -> None:

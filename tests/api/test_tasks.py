@@ -95,6 +95,8 @@ def test_a_task_may_be_set_up_before_its_first_version(http: httpx.Client, adapt
         ({"defaults": {"stream": True}}, "unknown_field", "defaults.stream"),
         ({"defaults": {"logit_bias": {"99999": 1}}}, "invalid_request", "logit_bias"),
         ({"labels": {"a": 1}}, "invalid_request", "labels.a"),
+        ({"labels": {"a": "x", "b": ""}}, "invalid_request", "labels.b"),
+        ({"labels": {"a": "x", "b": "y", "{c}": "x"}}, "invalid_request", "labels"),
         ({"colour": "red"}, "unknown_field", "colour"),
     ],
 )

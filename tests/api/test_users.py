@@ -466,8 +466,29 @@ def test_tenants_have_users_of_their_own_over_public_tasks_too(
         assert owner.get("/v1/users/ann/tasks/t").json()["mode"] == "compose"
         lay(other, "ann", "t", files["prompt"])
         owner.put("/v1/tasks/t", json={"public": False})
-        assert other.get("/v1/users/ann/tasks").json()["data"] == []
-        assert error_of(other.get("/v1/users/ann/tasks/t")) == (404, "customization_not_found")
+        [left] = other.get("/v1/users/ann/tasks").json()["data"]
+        assert (left["task"], left["servable"]) == ("t", False), "it still counts, so it is shown"
+        assert other.get("/v1/users/ann/tasks/t").json() == left
+        assert other.post("/v1/tasks/t/versions", files=files["lora"]).status_code == 201
+        lay(other, "ann", "t", files["ia3"])
+        assert other.post("/v1/tasks/u/versions", files=files["lora"]).status_code == 201
+        lay(other, "ann", "u", files["ia3"])
+        shown = other.get("/v1/users/ann/tasks").json()["data"]
+        assert [(entry["task"], entry["servable"]) for entry in shown] == [("t", True), ("u", True)], (
+            "their own hides it"
+        )
+        assert other.delete("/v1/users/ann/tasks/t").status_code == 204
+        assert other.delete("/v1/tasks/t").status_code == 204
+        pages = [other.get("/v1/users/ann/tasks", params={"limit": 1}).json()]
+        while pages[-1]["has_more"]:
+            assert len(pages) < 3
+            after = pages[-1]["data"][-1]["task"]
+            pages.append(other.get("/v1/users/ann/tasks", params={"limit": 1, "after": after}).json())
+        assert [entry["task"] for page in pages for entry in page["data"]] == ["t", "u"]
+        assert other.delete("/v1/users/ann/tasks/t").status_code == 204
+        assert error_of(other.delete("/v1/users/ann/tasks/t")) == (404, "customization_not_found")
+        assert [entry["task"] for entry in other.get("/v1/users/ann/tasks").json()["data"]] == ["u"]
+        assert owner.get("/v1/users/ann/tasks/t").json()["mode"] == "compose", "another tenant's ann"
 
 
 def test_the_figures_count_customizations_and_name_no_user(scripted: Scripted, files: dict[str, Files]) -> None:

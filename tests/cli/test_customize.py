@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
+
+import httpx
 
 from tests.cli.conftest import Medley
 from tests.server_process import ServerProcess, generate, one_line
@@ -62,7 +65,12 @@ def test_a_canary_is_given_shown_ended_and_the_history_tells_all(medley: Medley,
     assert medley("rollback", "tried").stdout == "tried@1 is active\n"
 
     header, *rows = [line.split("\t") for line in medley("show", "tried", "--history").stdout.splitlines()]
-    assert header == ["change", "when", "what", "key", "detail"]
+    assert header == ["change", "time", "what", "key", "request", "detail"]
+    listed = json.loads(medley("show", "tried", "--history", "--json").stdout)
+    assert [entry["id"] for entry in listed] == [int(row[0]) for row in rows]
+    assert [datetime.fromisoformat(row[1]).timestamp() for row in rows] == [int(entry["time"]) for entry in listed]
+    assert all(entry["request_id"] for entry in listed)
+    assert [row[4] for row in rows] == [entry["request_id"] for entry in listed]
     assert [row[2] for row in rows] == [
         "task_rolled_back",
         "version_activated",
@@ -73,10 +81,15 @@ def test_a_canary_is_given_shown_ended_and_the_history_tells_all(medley: Medley,
         "version_published",
         "task_put",
     ]
-    assert json.loads(rows[0][4]) == {"version": 1, "previous": 2}
-    assert [entry["id"] for entry in json.loads(medley("show", "tried", "--history", "--json").stdout)] == [
-        int(row[0]) for row in rows
-    ]
+    assert json.loads(rows[0][5]) == {"version": 1, "previous": 2}
+
+
+def test_the_history_is_shown_whole_however_many_pages_it_has(medley: Medley, server: ServerProcess) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        for number in range(101):
+            http.put("/v1/tasks/changing", json={"description": str(number)}).raise_for_status()
+    _, *lines = medley("show", "changing", "--history").stdout.splitlines()
+    assert [int(line.split("\t")[0]) for line in lines] == list(range(101, 0, -1))
 
 
 def test_wrong_use_of_canary_is_2_and_says_what_is_missing(medley: Medley) -> None:

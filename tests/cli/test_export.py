@@ -89,6 +89,25 @@ def test_an_imported_task_is_the_exported_one_with_numbers_of_its_own_under_anot
     assert "(unauthorized)" in one_line(refused.stderr)
 
 
+def test_what_a_publisher_may_not_set_is_named_after_everything_else_is_imported(
+    archive: tuple[Path, dict[str, Any]], other: tuple[ServerProcess, str]
+) -> None:
+    path, exported = archive
+    data = other[0].data
+    key = run_medley(
+        "keys", "create", "p", "--scope", "publish", "--tenant", "acme", "--data-dir", str(data)
+    ).stdout.strip()
+    there = {"MEDLEY_URL": other[0].url, "MEDLEY_API_KEY": key}
+    imported = run_medley("import", str(path), "--as", "unpinned", **there)
+    assert imported.returncode == 1
+    said = one_line(imported.stderr)
+    assert "unpinned is imported with all its versions and other settings, but not pinned: " in said
+    assert imported.stdout.splitlines()[-2:] == ["unpinned@2 is active", "unpinned@3 answers 10% of the requests"]
+    shown = json.loads(run_medley("show", "unpinned", "--json", **there).stdout)
+    for name in SETTINGS:
+        assert shown[name] == (False if name == "pinned" else exported[name]), name
+
+
 def test_a_task_of_a_checkpoint_of_many_is_imported_as_that_task(medley: Medley, tmp_path: Path) -> None:
     config = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 2, "num_tasks": 2, "num_ranks": 1}
     folder = tmp_path / "many"

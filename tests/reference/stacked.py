@@ -91,7 +91,8 @@ class Stacked:
     def _install(self, folder: Path) -> _Virtual | None:
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = list(folder.glob("adapter*.safetensors"))
-        tensors = load_file(weights[0]) if weights else {}
+        saved = load_file(weights[0]) if weights else {}
+        tensors = {key: tensor for key, tensor in saved.items() if ".base_layer." not in key}  # copies of the base's
         if "adapter_names" in config:
             self._install_fusion(config, tensors)
             return None

@@ -34,6 +34,8 @@ from adapters_store import (
     restore_backup,
     write_backup,
 )
+from adapters_store.backup.backup import _IndexReader
+from adapters_store.backup.file import Part
 from adapters_store.backup.restore_index import IndexWriter
 from adapters_store.index.api_keys import hash_of
 from adapters_store.records import Change, FileRecord
@@ -140,6 +142,31 @@ async def test_a_restored_index_is_what_was_backed_up(
     await empty.delete_task("a")
     await empty.delete_user("x/v")
     assert await empty.usage.stored_bytes("key-a") == found_bytes(await index.find_customization("u", "x/b"))
+
+
+async def test_a_customization_that_a_scan_gave_twice_counts_once(
+    index: RedisIndex,
+    blobs: LocalBlobs,
+    empty: RedisIndex,
+    other: LocalBlobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As HSCAN may while a hash shrinks."""
+    once = _IndexReader._customizations
+
+    async def twice(self: _IndexReader, task: str) -> AsyncIterator[Part]:
+        for _ in range(2):
+            async for part in once(self, task):
+                yield part
+
+    monkeypatch.setattr(_IndexReader, "_customizations", twice)
+    await fill(index, blobs)
+    saved = await write_backup(index, blobs, tmp_path / "file")
+    assert saved.customizations == 6, "each is in it twice"
+    await restore_backup(empty, other, tmp_path / "file")
+    assert await empty.usage.stored_bytes("key-a") == await index.usage.stored_bytes("key-a") > 0
+    assert await dump(empty) == await dump(index)
 
 
 def found_bytes(customization: Any) -> int:

@@ -6,16 +6,17 @@ import asyncio
 import errno
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from adapters_store import FileRecord, LocalBlobs, StoreFull, VersionCorrupt, on_threads
+from adapters_store import FileRecord, LocalBlobs, StoreFull, StoreUnavailable, VersionCorrupt, on_threads
 
 
 def put(blobs: LocalBlobs, content: bytes) -> FileRecord:
@@ -47,6 +48,29 @@ def test_a_damaged_blob_is_refused_and_healed_by_putting_it_again(blobs: LocalBl
         blobs.read(sha256)
     assert corrupt.value.sha256 == sha256
     put(blobs, b"content")
+    assert blobs.read(sha256) == b"content"
+
+
+@pytest.mark.parametrize("reader", ["read", "file"])
+def test_a_blob_that_the_file_system_does_not_give_is_corrupt_and_its_path_stays_unsaid(
+    blobs: LocalBlobs, tmp_path: Path, reader: str
+) -> None:
+    sha256 = put(blobs, b"content").sha256
+    blobs.path(sha256).unlink()
+    blobs.path(sha256).mkdir()
+    with pytest.raises(VersionCorrupt, match=f"^blob {sha256} cannot be read: Is a directory$"), ExitStack() as stack:
+        blobs.read(sha256) if reader == "read" else stack.enter_context(blobs.file(sha256))
+
+
+def test_a_process_with_too_many_open_files_has_no_corrupt_blobs(blobs: LocalBlobs) -> None:
+    sha256 = put(blobs, b"content").sha256
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(StoreUnavailable, match="open files"):
+            blobs.read(sha256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert blobs.read(sha256) == b"content"
 
 

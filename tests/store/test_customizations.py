@@ -68,6 +68,13 @@ async def test_a_users_are_listed_by_task_in_pages(index: RedisIndex) -> None:
     assert (more, end) == (True, False)
 
 
+async def test_a_redis_that_has_forgotten_its_scripts_is_told_them_again(index: RedisIndex) -> None:
+    await index.put_task("t", TaskSettings())
+    put = await index.put_customization("u", "t", new_customization("a"))
+    await index.redis.script_flush()
+    assert await index.find_customization("u", "t") == put
+
+
 async def test_a_tasks_are_scanned_whole_in_pages(index: RedisIndex) -> None:
     await index.put_task("t", TaskSettings())
     users = [f"user-{i}" for i in range(300)]

@@ -125,10 +125,10 @@ async def test_without_redis_known_tasks_resolve_and_unknown_ones_are_not_denied
 async def test_what_happened_while_it_was_cut_off_is_caught_up_without_reading_everything(
     own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with mirror(own_redis.url) as (index, tasks):
+    async with mirror(own_redis.url) as (_, tasks):
         own_redis.stop()
         await eventually(lambda: not tasks.available)
-        monkeypatch.setattr(index, "list_active", None)  # reading everything would fail
+        monkeypatch.setattr(tasks._reader, "list_states", None)  # reading everything would fail
         own_redis.start()
         other = await RedisIndex.connect(own_redis.url)
         await other.publish("t", new_version("a"), activate=True)

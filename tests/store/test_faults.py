@@ -12,11 +12,19 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from adapters_store import PrivateRedis, RedisIndex, RedisNotStarted, StoreFull, StoreUnavailable, TaskDirectory
+from adapters_store import (
+    LocalBlobs,
+    PrivateRedis,
+    RedisIndex,
+    RedisNotStarted,
+    StoreFull,
+    StoreUnavailable,
+    TaskDirectory,
+)
 from adapters_store.index.connection import redis_errors
 from adapters_store.index.feed import FeedEvent
 from adapters_store.records import TaskSettings
-from tests.store.samples import eventually, new_version
+from tests.store.samples import eventually, new_version, publish_text
 
 pytestmark = pytest.mark.anyio
 
@@ -49,6 +57,38 @@ async def test_a_redis_that_does_not_answer_is_unavailable_and_followed_again_wh
     await eventually(lambda: tasks.get("v") is not None)
     await tasks.stop()
     await index.close()
+
+
+async def test_while_redis_is_known_to_be_away_nothing_is_asked_of_it(
+    index: RedisIndex, blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call would wait until it fails, and those beyond the number of connections for as long again."""
+    await index.put_task("t", TaskSettings())
+    monkeypatch.setattr(index.redis.connection_pool, "get_connection", None)  # asking would be another error
+    index.is_away = lambda: True
+    calls = [
+        index.get_task("t"),
+        index.read_tasks(["t"]),
+        index.list_states(9),
+        index.count_tasks(),
+        index.last_uses(["t"]),
+        index.history("t", 9),
+        index.customization_history(9),
+        index.get_version("t", 1),
+        index.list_versions("t"),
+        index.find_customization("u", "t"),
+        index.charged_for("u", "t", "key"),
+        index.customized_as("u", "t"),
+        index.list_user_customizations("u", 9),
+        index.scan_customizations("t", 9),
+        index.count_customizations("t"),
+        index.put_task("t", TaskSettings()),
+        publish_text(index, blobs, "t", "text"),
+    ]
+    for call in calls:
+        with pytest.raises(StoreUnavailable, match="away"):
+            await call
+    assert not list(blobs.list()), "nor is a file put for nothing"
 
 
 async def test_a_redis_busy_with_a_script_is_unavailable_and_followed_again_when_it_ends(
@@ -208,13 +248,13 @@ async def test_listeners_forget_again_what_they_read_while_the_mirror_loaded(
 ) -> None:
     tasks, told = TaskDirectory(index), _Told()
     tasks.subscribe(told)
-    list_states, cleared = index.list_states, []
+    list_states, cleared = tasks._reader.list_states, []
 
     async def noted(*arguments: object) -> object:
         cleared.append(told.cleared)
         return await list_states(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(index, "list_states", noted)
+    monkeypatch.setattr(tasks._reader, "list_states", noted)
     await tasks.start()
     assert (cleared, told.cleared) == ([1], 2)
     await tasks.stop()

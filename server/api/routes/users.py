@@ -20,6 +20,7 @@ from server.api.customize import (
     check_customization,
     delete_customization,
     delete_user,
+    find_customization,
     put_customization,
     read_task,
 )
@@ -87,7 +88,10 @@ async def list_customizations(
     """One page of the user's customizations by task."""
     base = services.require_base()
     page, has_more = await _page(services, caller, user, limit, after)
-    data = [customization_json(customization, base) for customization in page]
+    data = [
+        customization_json(found, base, is_reached=visible(services, caller, id_of(found.task)) == found.task)
+        for found in page
+    ]
     return json_response({"object": "list", "data": data, "has_more": has_more})
 
 
@@ -101,10 +105,10 @@ async def get(user: UserId, task: str, services: TheServices, caller: TheCaller)
     """What the user has laid over the task."""
     base = services.require_base()
     name = visible(services, caller, task)
-    found = await services.index.find_customization(own(caller, user, what="user"), name)
+    found = await find_customization(services, own(caller, user, what="user"), name)
     if found is None:
         raise NotFound("customization", name)
-    return json_response(customization_json(found, base))
+    return json_response(customization_json(found, base, is_reached=found.task == name))
 
 
 @router.delete(
@@ -115,7 +119,8 @@ async def get(user: UserId, task: str, services: TheServices, caller: TheCaller)
 )
 @needs("publish")
 async def delete(user: UserId, task: str, services: TheServices, caller: TheCaller) -> Response:
-    """Requests in flight end on what they started with; later ones get the task alone."""
+    """Requests in flight end on what they started with; later ones get the task alone. Where the user has none, what
+    they laid over another tenant's task of this id is deleted, which is public no longer or hidden by an own one."""
     await delete_customization(services, caller, own(caller, user, what="user"), visible(services, caller, task))
     return Response(status_code=204)
 
@@ -128,8 +133,9 @@ async def delete_all(user: UserId, services: TheServices, caller: TheCaller) -> 
     return Response(status_code=204)
 
 
-def customization_json(customization: Customization, base: ServedBase) -> dict[str, Any]:
-    """A customization; `servable` says whether it was made for this server's base."""
+def customization_json(customization: Customization, base: ServedBase, *, is_reached: bool = True) -> dict[str, Any]:
+    """A customization; `servable` says whether it was made for this server's base, and is over the task that its id
+    names (`is_reached`)."""
     return {
         "user": id_of(customization.user),
         "task": id_of(customization.task),
@@ -141,7 +147,7 @@ def customization_json(customization: Customization, base: ServedBase) -> dict[s
         "bytes": customization.bytes,
         "virtual_tokens": customization.virtual_tokens,
         "rank": customization.rank,
-        "servable": customization.base_fingerprint == base.facts.fingerprint,
+        "servable": is_reached and customization.base_fingerprint == base.facts.fingerprint,
         "created": customization.created,
         "files": [
             {"name": name, "sha256": record.sha256, "bytes": record.size}
@@ -178,14 +184,23 @@ async def _receive(
 async def _page(
     services: Services, caller: Caller, user: str, limit: int, after: str | None
 ) -> tuple[list[Customization], bool]:
-    """Those whose task the caller can name: not of a task that is public no longer, or that an own one hides."""
+    """All but those that another task of their id hides: what is over a task that is public no longer is shown, as it
+    still counts."""
+
+    def named(task_id: str) -> str | None:
+        """The task that the caller names by this id, if there is one."""
+        name = visible(services, caller, task_id)
+        return None if services.directory.get(name) is None else name
+
     user_name = own(caller, user, what="user")
     position = None if after is None else visible(services, caller, after)
+    if after is not None and named(after) is None and (others := await services.index.customized_as(user_name, after)):
+        position = others[-1]
     shown: list[Customization] = []
     has_more = True
     while has_more and len(shown) < limit:
         page, has_more = await services.index.list_user_customizations(user_name, limit - len(shown), position)
-        shown += [found for found in page if visible(services, caller, id_of(found.task)) == found.task]
+        shown += [found for found in page if named(id_of(found.task)) in (None, found.task)]
         if page:
             position = page[-1].task
     return shown, has_more

@@ -54,7 +54,7 @@ class ChatBody(SamplingFields):
 
     model: str = Field(description="the base's id, a task, or task@N")
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=0, description="OpenAI's newer name of max_tokens")
+    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="OpenAI's newer name of max_tokens")
     n: int | None = Field(None, ge=1, description="choices")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

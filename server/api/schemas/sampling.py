@@ -55,7 +55,7 @@ LogitBias = Annotated[
 class SamplingFields(Body):
     """How the next token is chosen, and when generation ends."""
 
-    max_tokens: int | None = Field(None, ge=0, description="most tokens of the answer")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="most tokens of the answer")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all")
@@ -67,7 +67,7 @@ class SamplingFields(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings = Field(None, description="text that ends the answer; not returned")
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_TOKEN_IDS)
-    min_tokens: int | None = Field(None, ge=0, description="no end and no stop before that many tokens")
+    min_tokens: int | None = Field(None, ge=0, lt=2**31, description="no end and no stop before that many tokens")
     ignore_eos: bool | None = Field(None, description="the end-of-sequence token does not stop")
 
     def given(self) -> dict[str, Any]:

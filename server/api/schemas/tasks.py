@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.schemas.body import Body, example
@@ -19,9 +19,9 @@ class CustomizationBody(Body):
     """What users may lay over a task; a field left out: anything."""
 
     methods: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="names of `GET /v1/methods`")
-    max_virtual_tokens: int | None = Field(None, ge=0)
-    max_parameters: int | None = Field(None, ge=0)
-    max_bytes: int | None = Field(None, ge=0, description="of all files")
+    max_virtual_tokens: int | None = Field(None, ge=0, lt=2**31)
+    max_parameters: int | None = Field(None, ge=0, le=2**53)
+    max_bytes: int | None = Field(None, ge=0, le=2**53, description="of all files")
 
 
 class TaskBody(Body):
@@ -37,10 +37,25 @@ class TaskBody(Body):
     description: str | None = Field(None, max_length=MAX_DESCRIPTION)
     template: str | None = Field(None, max_length=MAX_SOURCE, description="Jinja over `input` and `inputs`")
     defaults: TaskDefaults | None = Field(None, description="sampling fields for requests that leave them out")
-    labels: dict[str, Annotated[str, Field(max_length=256)]] | None = Field(None, max_length=MAX_LABELS)
+    labels: dict[str, Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        None, max_length=MAX_LABELS, description="name to the text that is scored; each has its own"
+    )
     public: bool | None = Field(None, description="every tenant may use it; the scope `admin` is needed to change this")
     pinned: bool | None = Field(None, description="the active version's adapter stays loaded")
     customization: CustomizationBody | None = Field(None, description="what users may lay over it; null: anything")
+
+    @field_validator("labels")
+    @classmethod
+    def _are_distinct(cls, labels: dict[str, str] | None) -> dict[str, str] | None:
+        """Of two labels of one text only chance can prefer one."""
+        names: dict[str, str] = {}
+        for name, text in (labels or {}).items():
+            if text in names:
+                raise PydanticCustomError(
+                    "labels", f"'{names[text]}' and '{name}' have the same text; give each its own"
+                )
+            names[text] = name
+        return labels
 
 
 class CanaryBody(Body):
