@@ -153,7 +153,7 @@ class _IndexReader(Scripted):
     async def _read_task(self, name: str) -> list[Part] | None:
         of_task = [self.keys.task, self.keys.versions, self.keys.digests, self.keys.activations, self.keys.history]
         keys = [*(key(name) for key in of_task), self.keys.bills(name), self.keys.last_used]
-        answers = await self.run("backup_task", keys, [name])
+        answers = await self.read("backup_task", keys, [name])
         parts = [Part(kind, name, values) for kind, values in zip(_TASK_KINDS, answers, strict=True)]
         return parts if parts[0].values else None
 

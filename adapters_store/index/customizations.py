@@ -143,7 +143,7 @@ class CustomizationCalls(Scripted):
     ) -> tuple[list[Customization | None], str | None]:
         """Of each task the user's customization; and when the task `made` was made, all of one moment."""
         keys, arguments = [self.keys.words, self.keys.task(made)], [user, self.keys.customizations_of, *tasks]
-        flat, created, *rows = await self.run_raw_script("read_customizations", keys, arguments)
+        flat, created, *rows = await self.read_raw("read_customizations", keys, arguments)
         words = {int(number): word.decode() for word, number in zip(flat[::2], flat[1::2], strict=True)}
         found = [None if row is None else unpack(user, task, row, words) for task, row in zip(tasks, rows, strict=True)]
         return found, None if created is None else created.decode()

@@ -15,7 +15,6 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError
 
 from adapters_store.errors import StoreUnavailable
 from adapters_store.index.connection import redis_errors
@@ -69,16 +68,19 @@ class Scripted:
         with self.asking():
             return await execute(*command, **{NEVER_DECODE: True})
 
-    async def run_raw_script(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
-        """As `run`, for a script that only reads, with bytes in place of texts."""
-        known = self._script(script)
-        command = ("EVALSHA", known.sha, len(keys), *keys, *arguments)
-        try:
-            return await self.run_raw(*command)
-        except NoScriptError:
-            with self.asking():
-                await self.redis.script_load(known.script)
-            return await self.run_raw(*command)
+    async def read(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """As `run`, for a script that only reads.
+
+        It is sent whole, not loaded: some versions of Redis write what is loaded to their file, and on a full disk a
+        Redis that must write ends.
+        """
+        with self.asking():
+            answer: Any = self.redis.eval(_text_of(script), len(keys), *keys, *arguments)
+            return await answer
+
+    async def read_raw(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        """As `read`, with bytes in place of texts."""
+        return await self.run_raw("EVAL", _text_of(script), len(keys), *keys, *arguments)
 
     def _script(self, name: str) -> AsyncScript:
         if name not in self._scripts:

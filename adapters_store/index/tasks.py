@@ -56,7 +56,7 @@ class TaskCalls(Scripted):
     async def read_tasks(self, names: Sequence[str]) -> list[TaskState | None]:
         """For each name its record, active and canary version, all of one moment; None where there is no task."""
         prefixes = [self.keys.task_of, self.keys.activations_of, self.keys.versions_of]
-        rows = await self.run("read_tasks", [], [*prefixes, *names])
+        rows = await self.read("read_tasks", [], [*prefixes, *names])
         return [_decode_state(name, row) for name, row in zip(names, rows, strict=True)]
 
     async def list_tasks(self, limit: int, after: str | None = None) -> tuple[list[Task], bool]:
@@ -133,7 +133,7 @@ class TaskCalls(Scripted):
         return [None if score is None else float(score) for score in scores]
 
     async def _read_history(self, key: str, limit: int, before: int | None) -> list[HistoryEntry]:
-        rows = await self.run("read_history", [key], [limit, "" if before is None else before])
+        rows = await self.read("read_history", [key], [limit, "" if before is None else before])
         return [msgspec.json.decode(row, type=HistoryEntry) for row in rows]
 
 

@@ -61,7 +61,7 @@ class VersionCalls(TaskCalls):
 
     async def list_versions(self, task: str) -> list[Version]:
         """The task's versions by number, or `NotFound`."""
-        rows: list[str] | None = await self.run("list_versions", [self.keys.task(task), self.keys.versions(task)], [])
+        rows: list[str] | None = await self.read("list_versions", [self.keys.task(task), self.keys.versions(task)], [])
         if rows is None:
             raise NotFound("task", task)
         found = sorted((int(number), stored) for number, stored in zip(rows[::2], rows[1::2], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
@@ -254,7 +256,8 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr("server.cli.evaluate.asyncio.sleep", sleep)
+    # in that module alone: the server of the test waits too, on a thread of its own
+    monkeypatch.setattr("server.cli.evaluate.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     return waits
 
 

@@ -50,10 +50,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def multiplied(source: Path, target: Path, factor: float) -> Path:
-    """A copy of an adapter with all its values multiplied."""
+    """A copy of an adapter with all its values multiplied; not its copies of the base's."""
     target.mkdir()
     shutil.copy(source / CONFIG_FILE, target)
-    tensors = {name: tensor * factor for name, tensor in load_file(source / WEIGHTS_FILE).items()}
+    tensors = {
+        name: tensor * factor for name, tensor in load_file(source / WEIGHTS_FILE).items() if ".base_layer." not in name
+    }
     save_file(tensors, target / WEIGHTS_FILE)
     return target
 
