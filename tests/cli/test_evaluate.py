@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -288,7 +287,7 @@ def test_one_that_never_answers_is_given_up(
     ("header", "least", "most"),
     [
         ("7", 7, 7),
-        (formatdate(time.time() + 3600 * 24 * 365 * 80, usegmt=True), None, None),  # not while the tests run
+        (formatdate(4_300_000_000, usegmt=True), None, None),  # in 2106
         (formatdate(0, usegmt=True), 0.01, 1),
         ("0", 0.01, 1),
         ("-4", 0.01, 1),
