@@ -83,7 +83,11 @@ async def score(task: str, body: ScoreBody, request: Request, services: TheServi
     scored = await while_connected(request.receive, generation.collect())
     if any(None in (delta.prompt_scores or ()) for delta in scored):
         raise _no_input(param)  # its virtual tokens are a prefix's
-    logprobs = [_logprob(delta) for delta in scored]
+    first: dict[tuple[int, ...], float] = {}  # of equal choices, whose rows may differ in the last digit
+    logprobs = [
+        first.setdefault(tuple(choice.token_ids), _logprob(delta))
+        for choice, delta in zip(choices, scored, strict=True)
+    ]
     lengths = [len(choice.token_ids) if body.normalize == "tokens" else 1 for choice in choices]
     ranked = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
     return json_response(
