@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from server.model.kv_cache import KVCache
-
 IMPLEMENTATION = "medley"
 
 
@@ -114,8 +112,6 @@ class AttentionPlan:
     prefill: list[PrefillRow]
     varlen: VarlenRows | None = None  # all rows, for a kernel that reads pages itself; then the three above are empty
 
-    def store(self, cache: KVCache, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write the step's keys and values `[num_tokens, kv_heads, head_dim]` into the pages."""
-        if self.sources is not None:
-            key, value = key[self.sources], value[self.sources]
-        cache.write(layer, self.slots, key, value)
+    def written(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the step's keys and values `[num_tokens, kv_heads, head_dim]` those that go to `slots`."""
+        return (key, value) if self.sources is None else (key[self.sources], value[self.sources])

@@ -29,6 +29,9 @@ COMPILED: dict[str, Any] = {
     "cache": True,
 }
 
+# Of "LLVM Language Reference", llvm.prefetch: into the cache from the second level on, to be read, as data.
+_SECOND_LEVEL = 2
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def take_unit(typing_context: Any, call: Any) -> Any:
@@ -50,6 +53,21 @@ def _pointer_to(element: Any) -> Any:
         return types.CPointer(element)(types.int64), generate
 
     return pointer
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; whatever is there, or nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        called = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function)
+        builder.call(called, [pointer, number(0), number(_SECOND_LEVEL), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 floats, integers = _pointer_to(types.float32), _pointer_to(types.int64)

@@ -2,7 +2,8 @@
 
 torch's attention wants the pages of a row side by side, and copying them there costs more than attending: a row's keys
 and values are then read from memory, written and read again. Here they are read once. Rows, or where there are few of
-them shares of their heads, are taken one after the other by whichever thread is free.
+them shares of their heads, are taken one after the other by whichever thread is free. Pages lie anywhere in memory, so
+the processor cannot know which comes next: while one is read, the kernel asks for the next.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from server.model.attention import AttentionOptions, DecodeGroup
-from server.model.compiled import COMPILED, TorchThreads, floats, integers, take_unit
+from server.model.compiled import COMPILED, TorchThreads, floats, integers, prefetch, take_unit
 
 _CALL = np.dtype(
     [
@@ -43,16 +44,26 @@ _CALL = np.dtype(
     ]
 )
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
+_LINE = 16  # numbers of a cache line
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _score(first: int, stop: int, query: Any, keys: Any, scores: Any, scaling: Any, softcap: Any) -> None:
+def _fetch(ahead: Any, token: int, kv_head: int, page: Any) -> None:
+    """Ask for the same token and head of another page, whose address is `ahead`."""
+    _, kv_heads, head_dim = page.shape
+    for at in range(0, head_dim, _LINE):
+        prefetch(ahead + 4 * ((token * kv_heads + kv_head) * head_dim + at))
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _score(first: int, stop: int, query: Any, keys: Any, ahead: Any, scores: Any, scaling: Any, softcap: Any) -> None:
     """scaling · q kᵀ, capped, for KV heads from the first on and the tokens of a page: `scores` `[heads, tokens]`."""
     tokens, kv_heads, head_dim = keys.shape
     repeats = query.shape[0] // kv_heads
     for token in range(tokens):
         for kv_head in range(first, stop):
+            _fetch(ahead, token, kv_head, keys)
             for head in range(kv_head * repeats, (kv_head + 1) * repeats):
                 score = np.float32(0)
                 for at in range(head_dim):
@@ -76,12 +87,13 @@ def _softmax(scores: Any, sink: Any) -> None:
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _add_values(first: int, stop: int, weights: Any, values: Any, output: Any) -> None:
+def _add_values(first: int, stop: int, weights: Any, values: Any, ahead: Any, output: Any) -> None:
     """Add the weighted values of a page's tokens: `weights` `[heads, tokens]`, `output` `[heads, head_dim]`."""
     tokens, kv_heads, head_dim = values.shape
     repeats = output.shape[0] // kv_heads
     for token in range(tokens):
         for kv_head in range(first, stop):
+            _fetch(ahead, token, kv_head, values)
             for head in range(kv_head * repeats, (kv_head + 1) * repeats):
                 weight = weights[head, token]
                 for at in range(head_dim):
@@ -94,6 +106,7 @@ def _attend(pointer: Any) -> None:
     call = carray(pointer, 1)[0]
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
     repeats = heads // call.kv_heads
+    page_bytes = 4 * size * call.kv_heads * head_dim
     page_shape = (call.num_pages, size, call.kv_heads, head_dim)
     keys, values = carray(floats(call.keys), page_shape), carray(floats(call.values), page_shape)
     lengths, tokens = carray(integers(call.lengths), rows), carray(integers(call.tokens), rows)
@@ -107,19 +120,49 @@ def _attend(pointer: Any) -> None:
         heads_from, heads_to = part * call.kv_heads // call.shares, (part + 1) * call.kv_heads // call.shares
         token, length, pages = tokens[row], lengths[row], tables[row]
         first = max(0, length - call.window) if call.window > 0 else 0
-        for place in range(first // size, (length + size - 1) // size):
+        begin, last = first // size, (length - 1) // size
+        first_values = call.values + page_bytes * pages[begin]
+        for place in range(begin, last + 1):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = keys[pages[place], start - place * size : stop - place * size]
-            _score(heads_from, heads_to, queries[token], page, scores[:, start:stop], call.scaling, call.softcap)
+            ahead = call.keys + page_bytes * pages[place + 1] if place < last else first_values
+            _score(heads_from, heads_to, queries[token], page, ahead, scores[:, start:stop], call.scaling, call.softcap)
         for head in range(heads_from * repeats, heads_to * repeats):
             sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
             _softmax(scores[head, first:length], sink)
             output[token, head] = 0
-        for place in range(first // size, (length + size - 1) // size):
+        likely = min(call.taken // call.shares, rows - 1)  # the row that comes next, unless another thread takes it
+        next_keys = call.keys + page_bytes * tables[likely, 0]
+        for place in range(begin, last + 1):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = values[pages[place], start - place * size : stop - place * size]
-            _add_values(heads_from, heads_to, scores[:, start:stop], page, output[token])
+            ahead = call.values + page_bytes * pages[place + 1] if place < last else next_keys
+            _add_values(heads_from, heads_to, scores[:, start:stop], page, ahead, output[token])
         share = take_unit(pointer)
+
+
+_WRITE = np.dtype(
+    [(name, np.int64) for name in ("taken", "count", "width", "slots", "keys", "values", "key_slots", "value_slots")]
+)
+_WRITE_POINTER = types.CPointer(numba.from_dtype(_WRITE))
+
+
+@cfunc(types.void(_WRITE_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+def _write(pointer: Any) -> None:
+    """What each thread runs: tokens' keys and values into their slots."""
+    call = carray(pointer, 1)[0]
+    count, width = call.count, call.width
+    slots = carray(integers(call.slots), count)
+    keys, values = carray(floats(call.keys), (count, width)), carray(floats(call.values), (count, width))
+    token = take_unit(pointer)
+    while token < count:
+        place = 4 * width * slots[token]
+        key, value = carray(floats(call.key_slots + place), width), carray(floats(call.value_slots + place), width)
+        for at in range(width):
+            key[at] = keys[token, at]
+        for at in range(width):
+            value[at] = values[token, at]
+        token = take_unit(pointer)
 
 
 class DecodeKernel:
@@ -176,3 +219,11 @@ class DecodeKernel:
             dtype=_CALL,
         )
         self._threads.run(_attend, call.ctypes.data, len(tables) * shares)
+
+    def write(self, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """`KVCache.write`, in one pass where torch's takes some microseconds for each token; `pages` as above."""
+        keys, values = keys.contiguous(), values.contiguous()
+        key_slots, value_slots = pages
+        addresses = [each.data_ptr() for each in (slots, keys, values, key_slots, value_slots)]
+        call = np.array((0, len(slots), keys.shape[1] * keys.shape[2], *addresses), dtype=_WRITE)
+        self._threads.run(_write, call.ctypes.data, len(slots))

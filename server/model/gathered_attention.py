@@ -33,17 +33,19 @@ class PagedAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         plan = self.plan
-        plan.store(self.cache, layer, key, value)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if self.decode_kernel is not None:
             pages = self.cache.layers[layer]
+            self.decode_kernel.write(pages, plan.slots, *plan.written(key, value))
             for group in plan.decode:
                 self.decode_kernel(query, pages, group, plan.decode_tokens, options, output)
-        elif plan.decode:
-            decoded = query.index_select(0, plan.decode_tokens)  # overwritten group by group
-            for group in plan.decode:
-                self._decode(layer, decoded[group.start : group.stop], group, options)
-            output.index_copy_(0, plan.decode_tokens, decoded)
+        else:
+            self.cache.write(layer, plan.slots, *plan.written(key, value))
+            if plan.decode:
+                decoded = query.index_select(0, plan.decode_tokens)  # overwritten group by group
+                for group in plan.decode:
+                    self._decode(layer, decoded[group.start : group.stop], group, options)
+                output.index_copy_(0, plan.decode_tokens, decoded)
         for row in plan.prefill:
             tokens = slice(row.start, row.stop)
             output[tokens] = self._prefill(layer, query[tokens], key[tokens], value[tokens], row, options)

@@ -51,7 +51,7 @@ class VarlenAttention:
             raise UnsupportedOptionsError(f"layer {layer} asks for {options}")
         rows = self.plan.varlen
         assert rows is not None, "the plan is made for this attention"
-        self.plan.store(self.cache, layer, key, value)
+        self.cache.write(layer, self.plan.slots, *self.plan.written(key, value))
         keys, values = self.cache.layers[layer]
         return self.kernel(query, keys, values, rows, options.scaling, _window(options, rows))
 
