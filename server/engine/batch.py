@@ -89,7 +89,7 @@ class BatchBuilder:
         self._graph_inputs = graph_inputs
 
     def build(self, schedule: Schedule) -> StepBatch:
-        """The batch of a schedule with at least one row."""
+        """The batch of a schedule with at least one row. Tokens that are not known yet are 0: see `set_tokens`."""
         placed = place(schedule)
         if self._graph_inputs is not None and all(map(_is_decode, placed)):
             padded = self._padded(placed, self._graph_inputs)
@@ -110,6 +110,11 @@ class BatchBuilder:
             wants_states=any(isinstance(run, Sequence) and run.request.classify for run in schedule.rows),
             num_adapters=_num_adapters(placed),
         )
+
+    def set_tokens(self, batch: StepBatch) -> None:
+        """Give a batch that was built ahead of its tokens, one a row, each sequence's last."""
+        tokens = self._tensor([rows.sequence.output[-1] for rows in batch.logit_rows])
+        batch.token_ids[: len(tokens)].copy_(tokens, non_blocking=True)
 
     def _padded(self, placed: list[Placed], inputs: GraphInputs) -> StepBatch | None:
         """A batch of rows of one token, in memory that a graph can refer to; None where it does not fit there."""
@@ -249,7 +254,7 @@ def _is_decode(item: Placed) -> bool:
 
 def _logit_rows(placed: list[Placed]) -> list[LogitRows]:
     return [
-        LogitRows(run, item.logit_start, item.logit_stop, item.row.stop == run.num_tokens)
+        LogitRows(run, item.logit_start, item.logit_stop, item.row.stop >= run.num_tokens)
         for item in placed
         if isinstance(run := item.row.run, Sequence) and item.logit_stop > item.logit_start
     ]
@@ -282,7 +287,7 @@ def _num_virtual(item: Placed) -> int:
 
 
 def _token_ids(item: Placed) -> Iterable[int]:
-    """The row's token ids, 0 for virtual tokens that are no text."""
+    """The row's token ids, 0 for virtual tokens that are no text and for a token that is not known yet."""
     row, virtual = item.row, _num_virtual(item)
     ids = [0] * virtual
     for span in row.run.spans if virtual else ():
@@ -291,7 +296,10 @@ def _token_ids(item: Placed) -> Iterable[int]:
         start, stop = max(span.start, row.start), min(span.stop, row.start + virtual)
         if prefix.token_ids and start < stop:
             ids[start - row.start : stop - row.start] = prefix.token_ids[start - span.start : stop - span.start]
-    return ids if isinstance(row.run, PrefixRun) else ids + list(row.run.token_ids(row.start + virtual, row.stop))
+    if isinstance(row.run, PrefixRun):
+        return ids
+    text = row.run.token_ids(row.start + virtual, row.stop)
+    return [*ids, *text, *[0] * (row.count - virtual - len(text))]
 
 
 def _virtual_embeddings(item: Placed, pool: RowPool) -> Iterable[tuple[int, Tensor]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from server.adapters import Resident, RowPool
 from server.adapters.resident import Block, Layout
 from server.engine.packing import MANY_TOKENS, Placed
-from server.model import BaseShape, DeltaKind, Segment, SitePlan, TokenRows
-from server.model.kernels import kernel_at
+from server.model import BaseShape, DeltaKind, RunRows, Segment, SitePlan, TokenRows
+from server.model.grouped_products import ALIGNED
+from server.model.kernels import kernel_at, run_kernel_at
 from server.model.kv_cache import index_tensor
 from server.model.row_deltas import DeltaBackend, Kernel
 
@@ -32,8 +33,9 @@ class _Run(NamedTuple):
 
 
 class DeltaPlanner:
-    """Plans step after step: at each level of the stacks adapters with many tokens each by themselves, the others by
-    their layout, all tokens of one layout together with each token's own rows.
+    """Plans step after step: at each level of the stacks adapters with many tokens each by themselves, or as runs where
+    something computes these together, the others by their layout, all tokens of one layout together with each token's
+    own rows.
 
     What does not change between steps is kept: of a layout where its blocks lie, and the last plan while the rows of
     the step have the same stacks at the same places, as streams that all decode have.
@@ -81,7 +83,8 @@ class DeltaPlanner:
                 site = self._shape.sites[delta.site]
                 kernel = kernel_at(self._shape, self._kernels, delta.site, delta.kind)
                 part = parts.setdefault((site.is_head, delta.kind.is_elementwise), [])
-                part.append(_Delta(delta.site, delta.kind, delta.blocks, kernel))
+                run_kernel = run_kernel_at(self._shape, self._kernels, delta.site, delta.kind)
+                part.append(_Delta(delta.site, delta.kind, delta.blocks, kernel, run_kernel))
             templates = [_Template(deltas, *which, self._pool.device) for which, deltas in parts.items()]
             self._templates[layout] = templates
         return templates
@@ -94,6 +97,10 @@ class _Delta(NamedTuple):
     kind: DeltaKind
     blocks: Sequence[Block]
     kernel: Kernel | None
+    run_kernel: Kernel | None  # for runs of many tokens
+
+
+_Shaped = tuple[_Delta, list[tuple[int, int]]]  # with its blocks' widths and rows
 
 
 class _Template:
@@ -104,7 +111,7 @@ class _Template:
         self._is_head = is_head
         self._joins_all = is_elementwise
         self._joins_few = not any(delta.kind.by_adapter for delta in deltas)
-        self._deltas: list[tuple[_Delta, list[tuple[int, int]]]] = []
+        self._deltas: list[_Shaped] = []
         offsets: dict[tuple[int, int], list[int]] = {}  # by width and rows: blocks of one shape are found at once
         for delta in deltas:
             shapes = []
@@ -120,42 +127,60 @@ class _Template:
 
     def segments(self, runs: list[_Run], pool: RowPool) -> Iterator[tuple[str, Segment]]:
         """Those of the runs, which are in the order of their tokens."""
-        spans = [(run.resident, run.logits if self._is_head else run.tokens) for run in runs]
-        for together in self._together([(own, span) for own, span in spans if span.start < span.stop]):
-            yield from self._own_rows(*together[0], pool) if len(together) == 1 else self._each(together, pool)
-
-    def _together(self, spans: list[_Span]) -> Iterator[list[_Span]]:
-        """Spans whose tokens are taken together, each with its own rows."""
         few: list[_Span] = []
-        for resident, span in spans:
-            if self._joins_all or (self._joins_few and span.stop - span.start < MANY_TOKENS):
-                few.append((resident, span))
-            else:
-                yield [(resident, span)]
-        if few:
-            yield few
+        many: list[_Span] = []
+        for run in runs:
+            span = run.logits if self._is_head else run.tokens
+            is_few = self._joins_all or (self._joins_few and span.stop - span.start < MANY_TOKENS)
+            if span.start < span.stop:
+                (few if is_few else many).append((run.resident, span))
+        if len(few) == 1:
+            yield from self._own_rows(*few[0], self._deltas, pool)
+        elif few:
+            yield from self._each(few, pool)
+        apart = self._deltas if len(many) == 1 else [each for each in self._deltas if each[0].run_kernel is None]
+        if many and len(apart) < len(self._deltas):
+            yield from self._in_runs(many, pool)
+        for resident, span in many:
+            yield from self._own_rows(resident, span, apart, pool)
 
-    def _own_rows(self, resident: Resident, tokens: slice, pool: RowPool) -> Iterator[tuple[str, Segment]]:
+    def _own_rows(
+        self, resident: Resident, tokens: slice, deltas: list[_Shaped], pool: RowPool
+    ) -> Iterator[tuple[str, Segment]]:
         """All tokens are of one adapter. The matrix products of many are faster than a kernel that goes by token."""
-        for delta, _ in self._deltas:
+        for delta, _ in deltas:
             kernel = delta.kernel if self._joins_all or tokens.stop - tokens.start < MANY_TOKENS else None
             rows = resident.rows(pool, delta.blocks)
             yield delta.site, Segment(tokens, delta.kind, rows, is_each=False, kernel=kernel)
 
     def _each(self, spans: list[_Span], pool: RowPool) -> Iterator[tuple[str, Segment]]:
         """Each token has its own rows."""
+        owners = [resident for resident, span in spans for _ in range(span.start, span.stop)]
+        rows = {shape: iter(index.unbind()) for shape, index in self._indices(owners, pool)}
         tokens = _tokens(spans, pool)
-        firsts: dict[int, Tensor] = {}
-        rows: dict[tuple[int, int], Iterator[TokenRows]] = {}  # of the blocks of a shape, in their order
-        for shape, within in self._within.items():
-            width = shape[0]
-            if width not in firsts:
-                own = [resident.first[width] for resident, span in spans for _ in range(span.start, span.stop)]
-                firsts[width] = index_tensor(own, pool.device)[:, None]
-            rows[shape] = map(partial(TokenRows, pool.rows(width)), (firsts[width] + within).unbind())
         for delta, shapes in self._deltas:
-            blocks = tuple([next(rows[shape]) for shape in shapes])
+            blocks = tuple([TokenRows(pool.rows(shape[0]), next(rows[shape])) for shape in shapes])
             yield delta.site, Segment(tokens, delta.kind, blocks, is_each=True, kernel=delta.kernel)
+
+    def _in_runs(self, spans: list[_Span], pool: RowPool) -> Iterator[tuple[str, Segment]]:
+        """Those deltas for which there is something that takes runs of many tokens, each with its adapter's rows."""
+        rows = {  # filled up with row 0 of the pool, which is zero
+            shape: iter(functional.pad(index, (0, -shape[1] % ALIGNED)).unbind())
+            for shape, index in self._indices([resident for resident, _ in spans], pool)
+        }
+        tokens = _tokens(spans, pool)
+        ends = index_tensor(list(accumulate(span.stop - span.start for _, span in spans)), pool.device, bits=32)
+        for delta, shapes in self._deltas:
+            blocks = tuple([RunRows(pool.rows(shape[0]), next(rows[shape]), ends) for shape in shapes])
+            if delta.run_kernel is not None:
+                yield delta.site, Segment(tokens, delta.kind, blocks, is_each=False, kernel=delta.run_kernel)
+
+    def _indices(self, owners: list[Resident], pool: RowPool) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """By a blocks' shape the rows in the pool `[blocks, owners, rows]`, blocks in the order of the deltas."""
+        widths = {width for width, _ in self._within}
+        firsts = {width: index_tensor([owner.first[width] for owner in owners], pool.device) for width in widths}
+        for shape, within in self._within.items():
+            yield shape, firsts[shape[0]][:, None] + within
 
 
 def _tokens(spans: list[_Span], pool: RowPool) -> slice | Tensor:

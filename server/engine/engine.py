@@ -94,6 +94,7 @@ class Engine:
         self._held: Counter[str] = Counter()  # how many of them are each client's
         self._tickets: dict[str, Ticket] = {}
         self._outbox = _Outbox()
+        self._ahead: tuple[Schedule, StepBatch] | None = None  # the next step, if nothing comes or goes before it
 
     @property
     def has_work(self) -> bool:
@@ -143,16 +144,31 @@ class Engine:
         started = time.perf_counter()
         self._admit()
         self._end_overdue()
-        schedule = self.scheduler.schedule()
-        batch = None
-        if schedule.rows:
-            batch = self._batches.build(schedule)
-            self._commit(batch, self._runner.run(schedule, batch))
+        schedule, batch = self._next()
+        if batch is not None:
+            logits = self._runner.run(schedule, batch)
+            if self._runner.returns_early:  # while the device computes
+                self._plan_ahead(schedule)
+            self._commit(batch, logits)
         return self._output(schedule, batch, time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop the loader's threads."""
         self.bank.close()
+
+    def _next(self) -> tuple[Schedule, StepBatch | None]:
+        """The step that was planned ahead, if it still stands, else a new one; None where it has no rows."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and self.scheduler.confirm(ahead[0]):
+            self._batches.set_tokens(ahead[1])
+            return ahead
+        schedule = self.scheduler.schedule()
+        return schedule, self._batches.build(schedule) if schedule.rows else None
+
+    def _plan_ahead(self, schedule: Schedule) -> None:
+        ahead = self.scheduler.plan_ahead(schedule)
+        if ahead is not None:
+            self._ahead = ahead, self._batches.build(ahead)
 
     def _make_room(self, client: str) -> RequestError | None:
         """See that there is a place in the queue, at the cost of who holds more of it; else why there is none."""

@@ -35,6 +35,7 @@ class Runner:
         self._pool = pool
         self._max_rows = max_rows
         self._is_cuda = base.device.type == "cuda"
+        self.returns_early = self._is_cuda  # `run` returns while the device computes what it gives
         self._kernel: Kernel | None = None
         self._inputs: GraphInputs | None = None
         self._graphs: DecodeGraphs | None = None

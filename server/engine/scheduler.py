@@ -89,6 +89,7 @@ class Scheduler:
         self._max_seqs = max_seqs
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens
+        self._unused_pages: list[int] = []  # fresh ones of a step that was planned ahead and did not come
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose stack is resident."""
@@ -113,7 +114,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose the next step's rows; counts them as computed."""
-        step = Schedule()
+        step = Schedule(fresh_pages=self._unused_pages)
+        self._unused_pages = []
         streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
         prompts = [sequence for sequence in self.running if sequence.num_remaining > 1]
         room = self._max_batch_tokens
@@ -131,6 +133,37 @@ class Scheduler:
                 break
             budget -= spent
         return step
+
+    def plan_ahead(self, step: Schedule) -> Schedule | None:
+        """While `step` is under way: the one behind it, where all that it depends on but the tokens is known.
+
+        Every running sequence gets a token from `step` and goes on, nobody waits, and there are pages. These are taken;
+        nothing else is counted before `confirm`.
+        """
+        if self.waiting or step.rows.keys() != set(self.running):
+            return None
+        if any(each.num_remaining or len(each.output) + 1 >= each.sampling.max_tokens for each in self.running):
+            return None
+        size = self.pages.page_size
+        needed = sum(pages_for(each.num_tokens + 1, size) - len(each.block_table) for each in self.running)
+        if needed > self.cache.available:
+            return None
+        ahead = Schedule()
+        for sequence in self.running:
+            self._reserve(sequence, sequence.num_tokens + 1, ahead)
+            ahead.rows[sequence] = [Row(sequence, sequence.num_tokens, 1)]
+        return ahead
+
+    def confirm(self, ahead: Schedule) -> bool:
+        """Count a step that was planned ahead, if it is still what `schedule` would choose; else forget it."""
+        if self.waiting or list(ahead.rows) != self.running:
+            self._unused_pages = ahead.fresh_pages
+            return False
+        for sequence in self.running:
+            sequence.num_computed += 1
+            self.waiting.charge(sequence, sequence.num_computed - 1, sequence.num_computed)
+            self._share_pages(sequence, ahead)
+        return True
 
     def _extend(self, sequence: Sequence, budget: int, step: Schedule) -> int:
         """Schedule a running sequence's next positions; the number of them."""

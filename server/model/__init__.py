@@ -7,7 +7,7 @@ from server.model.base import BaseShape, FrozenBase, TokenEmbedding
 from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
 from server.model.norms import NormForm
-from server.model.row_deltas import DeltaKind, RowDelta, Rows, Segment, SitePlan, TokenRows
+from server.model.row_deltas import DeltaKind, RowDelta, Rows, RunRows, Segment, SitePlan, TokenRows
 from server.model.sites import SiteKind, Sites, SiteShape
 from server.model.varlen_attention import VarlenAttention
 
@@ -24,6 +24,7 @@ __all__ = [
     "PrefillRow",
     "RowDelta",
     "Rows",
+    "RunRows",
     "Segment",
     "SiteKind",
     "SitePlan",

@@ -137,6 +137,9 @@ class DeltaKernels:
         """The kernel that computes the same as `kind` at a linear module; None where there is none."""
         return None if kind.compiled is None else partial(self._run, _KERNELS[kind.compiled])
 
+    def of_runs(self, kind: DeltaKind) -> None:
+        """None: on a CPU a run's own matrix products are as fast."""
+
     def _run(self, kernel: Any, inputs: Tensor, outputs: Tensor, tokens: slice | Tensor, blocks: Blocks) -> None:
         if isinstance(tokens, slice):
             count, start, chosen = tokens.stop - tokens.start, tokens.start, 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server.model.delta_trial import worst_difference
+from server.model.grouped_products import low_rank_of_runs, worst_run_difference
 from server.model.row_deltas import Blocks, DeltaKind, Kernel, Rows, TokenRows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,15 +43,20 @@ contiguous along their second dimension."""
 class DeviceDeltas:
     """See `DeltaBackend` of `server.model.row_deltas`."""
 
-    def __init__(self, launches: Mapping[str, Launch], device: torch.device) -> None:
-        """`launches` by the names in `DeltaKind.compiled`."""
+    def __init__(self, launches: Mapping[str, Launch], device: torch.device, *, has_grouped: bool = False) -> None:
+        """`launches` by the names in `DeltaKind.compiled`; `has_grouped`: whether torch has grouped products here."""
         self._launches = launches
+        self._has_grouped = has_grouped
         self._order = torch.arange(64, device=device)
 
     def of(self, kind: DeltaKind) -> Kernel | None:
         """The kernel that computes the same as `kind` at a linear module; None where there is none."""
         launch = None if kind.compiled is None else self._launches.get(kind.compiled)
         return None if launch is None else partial(self._run, launch)
+
+    def of_runs(self, kind: DeltaKind) -> Kernel | None:
+        """The same for runs of many tokens."""
+        return low_rank_of_runs if self._has_grouped and kind.compiled == "low_rank" else None
 
     def _run(self, launch: Launch, inputs: Tensor, outputs: Tensor, tokens: slice | Tensor, blocks: Blocks) -> None:
         if isinstance(tokens, slice):
@@ -78,15 +84,20 @@ def find_device_deltas(device: torch.device, dtype: torch.dtype) -> tuple[Device
     """Kernels that have given the right answers on this device, or None, and in words which or why not."""
     if dtype not in _DTYPES:
         return None, f"no kernels for {dtype}"
+    most = max(2 * torch.finfo(dtype).eps, _LEAST_TOLERANCE)
     try:
         from server.model.triton_deltas import LAUNCHES  # noqa: PLC0415 - Triton comes with torch on CUDA alone
 
-        deltas = DeviceDeltas(LAUNCHES, device)
-        worst = max(worst_difference(deltas, name, dtype, device) for name in LAUNCHES)
+        worst = max(worst_difference(DeviceDeltas(LAUNCHES, device), name, dtype, device) for name in LAUNCHES)
     except ImportError as error:
         return None, f"Triton is missing: {error}"
     except Exception as error:  # noqa: BLE001 - Triton, the compilers that it starts and the driver raise their own
         return None, f"Triton's kernels cannot be had: {type(error).__name__}: {error}".partition("\n")[0]
-    if worst > max(2 * torch.finfo(dtype).eps, _LEAST_TOLERANCE):
+    if worst > most:
         return None, f"Triton's kernels are off by {worst:.2g}"
-    return deltas, "by Triton's kernels"
+    try:
+        has_grouped = worst_run_difference(dtype, device) <= most
+        note = "long runs by grouped products" if has_grouped else "no grouped products: they are wrong"
+    except (AttributeError, RuntimeError) as error:  # an older torch, an older device
+        has_grouped, note = False, f"no grouped products: {error}".partition("\n")[0]
+    return DeviceDeltas(LAUNCHES, device, has_grouped=has_grouped), f"by Triton's kernels; {note}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from server.model.device_deltas import find_device_deltas
+from server.model.grouped_products import ALIGNED
 from server.model.row_deltas import DeltaBackend, DeltaKind, Kernel
 from server.model.sites import SiteKind
 
@@ -51,3 +52,10 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
 def kernel_at(shape: BaseShape, kernels: DeltaBackend | None, site: str, kind: DeltaKind) -> Kernel | None:
     """What computes a kind at a site in its place, if anything does: linear modules alone have such kernels."""
     return kernels.of(kind) if kernels is not None and shape.sites[site].kind is SiteKind.LINEAR else None
+
+
+def run_kernel_at(shape: BaseShape, kernels: DeltaBackend | None, site: str, kind: DeltaKind) -> Kernel | None:
+    """What computes a kind at a site for runs of many tokens, if anything does."""
+    at = shape.sites[site]
+    fits = at.kind is SiteKind.LINEAR and at.inputs % ALIGNED == at.outputs % ALIGNED == 0
+    return kernels.of_runs(kind) if kernels is not None and fits else None

@@ -83,6 +83,13 @@ class TokenRows:
         return self.pool.index_select(0, token_ids + self.index[:, 0])
 
 
+@dataclass(frozen=True, eq=False)
+class RunRows(TokenRows):
+    """The same of several runs of neighbouring tokens: `index` is `[runs, rows]`, and so is what is gathered."""
+
+    ends: Tensor  # [runs], int32: one past each run's last token, counted among the segment's
+
+
 Blocks = tuple[Rows, ...] | tuple[TokenRows, ...]
 
 Kernel = Callable[[Tensor, Tensor, slice | Tensor, Blocks], None]
@@ -96,6 +103,9 @@ class DeltaBackend(Protocol):
 
     def of(self, kind: DeltaKind) -> Kernel | None:
         """The kernel that computes the same as `kind`; None where there is none."""
+
+    def of_runs(self, kind: DeltaKind) -> Kernel | None:
+        """The same for runs of many tokens, whose blocks are `RunRows`; None: each run is left to the kind itself."""
 
 
 class Segment(NamedTuple):

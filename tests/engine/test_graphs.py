@@ -16,16 +16,18 @@ from server.engine.engine import Engine
 from server.engine.graphs import DecodeRow, GraphInputs, StaticBatch, padded_rows
 from server.engine.protocol import Generate
 from server.engine.scheduler import Schedule
-from server.model import FrozenBase, KVCache, LayerShape, Segment, SiteKind, SitePlan
+from server.model import FrozenBase, KVCache, LayerShape, RunRows, Segment, SiteKind, SitePlan
 from server.model.device_deltas import DeviceDeltas
 from server.model.kernels import Kernels
 from tests.engine.conftest import ARCHITECTURE
 from tests.harness import Result, greedy, make_engine, request, run
 from tests.model.slow_deltas import SLOW_LAUNCHES
 from tests.model.slow_varlen import slow_kernel
+from tests.reference.adapters import configs, save_adapter
 from tests.reference.bases import VOCABULARY, tiny_base
 
 MAX_TOKENS = 8
+DEVICE_DELTAS = DeviceDeltas(SLOW_LAUNCHES, torch.device("cpu"), has_grouped=True)
 STACKS = [
     (),
     ("prompt",),
@@ -133,7 +135,7 @@ def test_attention_that_reads_pages_answers_as_the_gathered_one(base: FrozenBase
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("deltas", [None, DeviceDeltas(SLOW_LAUNCHES, torch.device("cpu"))], ids=["torch", "device"])
+@pytest.mark.parametrize("deltas", [None, DEVICE_DELTAS], ids=["torch", "device"])
 def test_steps_with_the_kernels_of_a_device_answer_as_those_of_a_cpu(
     base: FrozenBase,
     tasks: dict[str, Path],
@@ -149,6 +151,33 @@ def test_steps_with_the_kernels_of_a_device_answer_as_those_of_a_cpu(
     assert not engine._runner._reads_in_place, "pages are zeroed where attention gathers them"
     _assert_alike(_results(engine, requests), expected)
     assert bool(padded) == is_padded
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_prompts_of_several_adapters_are_left_to_grouped_products(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        save_adapter(tiny_base(ARCHITECTURE), configs(ARCHITECTURE)["lora"](), folder, seed)
+    requests = [request(str(at), list(range(3, 13 + at)), greedy(4), folders[at % 3]) for at in range(5)]
+    expected = _results(make_engine(base), requests)
+    monkeypatch.setattr(base, "kernels", Kernels(DEVICE_DELTAS))
+    engine = make_engine(base)
+    run(engine, [request(folder.name, [5], greedy(1), folder) for folder in folders])  # resident from here on
+    runs: list[int] = []
+    own = engine._runner.run
+
+    def watched(schedule: Schedule, batch: StepBatch) -> torch.Tensor:
+        blocks = [each.blocks[0] for levels in batch.deltas.values() for level in levels for each in level]
+        runs.extend(len(block.index) for block in blocks if isinstance(block, RunRows))
+        return own(schedule, batch)
+
+    engine._runner.run = watched  # type: ignore[method-assign]
+    results = run(engine, requests).results
+    engine.close()
+    _assert_alike(results, expected)
+    assert set(runs) == {3}
 
 
 def test_linear_modules_of_padded_steps_are_left_to_kernels(base: FrozenBase, tasks: dict[str, Path]) -> None:

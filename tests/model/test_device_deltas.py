@@ -139,5 +139,25 @@ def test_only_kernels_that_were_tried_are_used(
     assert "\n" not in why
 
 
+@pytest.mark.parametrize("grouped_mm", [None, lambda rows, factors, offs: rows @ factors[0]], ids=["missing", "wrong"])
+def test_grouped_products_are_used_only_where_they_are_right(
+    grouped_mm: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "server.model.triton_deltas", SimpleNamespace(LAUNCHES=SLOW_LAUNCHES))
+    found, why = find_device_deltas(CPU, torch.float32)
+    assert found is not None
+    assert found.of_runs(Named("low_rank")) is not None
+    assert found.of_runs(Named("scale")) is None
+    assert why == "by Triton's kernels; long runs by grouped products"
+    if grouped_mm is None:
+        monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    else:
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm)
+    found, why = find_device_deltas(CPU, torch.float32)
+    assert found is not None
+    assert found.of_runs(Named("low_rank")) is None
+    assert "no grouped products" in why
+
+
 def test_other_types_have_no_kernels() -> None:
     assert find_device_deltas(CPU, torch.float64) == (None, "no kernels for torch.float64")
