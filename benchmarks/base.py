@@ -55,7 +55,8 @@ VLLM = "vLLM over HTTP"
 MIXED = ", LoRAs mixed"
 NO_VLLM = "vLLM is skipped: name its environment with --vllm; the docstring of benchmarks/vllm_peer.py makes one"
 _QUICK = BaseSize(128, 2, 2, 512)  # vLLM has no attention for narrower heads
-_KV_OPTION = ("--kv-cache-memory", "2")  # GiB, as vLLM's
+# GiB, as vLLM's: what the first rounds have touched, so that no server is given new memory while it is measured
+_KV_OPTION = ("--kv-cache-memory", "1")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -146,7 +147,7 @@ def figures(rounds: Sequence[Seconds]) -> Iterator[Figure]:
     yield from rate(IN_PROCESS, LINEAR, Target(0.90))
     yield from rate(IN_PROCESS, WITH_ATTENTION)
     yield from rate(MEDLEY, HF, Target(1.0))
-    yield from rate(MEDLEY, VLLM, Target(1.0))
+    yield from rate(MEDLEY, VLLM, Target(1.05))  # the aim; 1.0 is a must
     yield from rate(MEDLEY + MIXED, VLLM + MIXED, Target(1.8))
     yield from rate(MEDLEY + MIXED, MEDLEY)
 
@@ -192,7 +193,10 @@ def main(
     facts = machine()
     with ExitStack() as stack:
         systems = start(Workload(size, requests, prompt, new, 0, tasks), vllm, stack)
-        notes = [systems.check(), f"vLLM's CPU build {installed_version(vllm)}, eager" if vllm else NO_VLLM]
+        notes = [
+            systems.check(),
+            f"vLLM's CPU build {installed_version(vllm)}, compiled, as it starts by default" if vllm else NO_VLLM,
+        ]
         measured = alternate(list(systems.cases()), rounds)
         by_round = [
             {row: value for each in one for row, value in each.items()} for one in zip(*measured.values(), strict=True)

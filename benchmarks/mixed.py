@@ -1,9 +1,9 @@
 """`python -m benchmarks.mixed`: what does mixing tasks cost over the base alone, and what does it gain over PEFT?
 
-Alternated: the base only; the base after a text that is cached and about as long as a soft prompt; tasks of each
-method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all. Prompts and prefixes
-are compared with the base after cached text, for their positions are there too; mixtures with a base of which as many
-rows have such a text; everything else with the base only.
+Rows: tasks of each method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all.
+Prompts and prefixes are compared with the base after a text that is cached and as long, for their positions are there
+too; mixtures with a base of which as many rows have such a text; everything else with the base only. A row and what it
+is compared with run one right after the other, either of them first, for a machine drifts within a minute as well.
 
 Every request has a fresh prompt. Adapters, prefixes and the cached text are there before the clock starts, so the
 cached tokens that are printed are virtual ones and that text, and nothing else.
@@ -63,8 +63,8 @@ class Mix:
     title: str
     tasks: Sequence[Task] = ()  # taken in turn; none: the base only
     beginnings: Sequence[Sequence[int]] = ((),)  # cached text before the prompts, taken in turn
-    beside: str = BASE  # the row that it is compared with
-    least: float | None = None  # ÷ that row
+    beside: Mix | None = None  # what it is compared with
+    least: float | None = None  # ÷ that
     peft_way: str | None = None  # how PEFT runs it; None: it is not asked to
 
 
@@ -74,14 +74,16 @@ class Pair:
 
     medley: Run
     adapters: int  # distinct ones, in the step that had most
+    beside: Run | None
     peft: Run | None
 
 
 def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -> Iterator[Mix]:
     """Every row; `loras` are as many as requests."""
     text = [random.Random(3).randrange(workload.size.vocabulary) for _ in range(cached_tokens(workload))]
-    after = f"base after {len(text)} tokens of cached text"
     count, mixable = workload.tasks, [PROMPT, PREFIX, IA3]
+    base = Mix(BASE, peft_way="one static batch")
+    after = Mix(f"base after {len(text)} tokens of cached text", beginnings=[text], beside=base)
 
     def partly(methods: Sequence[str]) -> Mix:
         """The base, with text in place of the virtual tokens that a mixture of these methods has."""
@@ -89,24 +91,21 @@ def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -
             text if method in (PROMPT, PREFIX) else []
             for method in _in_turn([[each] * count for each in methods], count)
         ]
-        begun = sum(map(bool, beginnings))
-        return Mix(f"base, {begun} of {count} rows after such text", beginnings=beginnings)
+        return Mix(f"base, {sum(map(bool, beginnings))} of {count} rows after such text", beginnings=beginnings)
 
-    yield Mix(BASE, peft_way="one static batch")
-    yield Mix(after, beginnings=[text])
+    yield base
+    yield after
     for method in (PROMPT, PREFIX):
         yield Mix(f"{count} × {method}", tasks[method], beside=after, least=0.97, peft_way=_PER_TASK)
-    yield Mix(f"{count} × {IA3}", tasks[IA3], least=0.97, peft_way=_PER_TASK)
-    yield (beside := partly(mixable))
+    yield Mix(f"{count} × {IA3}", tasks[IA3], beside=base, least=0.97, peft_way=_PER_TASK)
     three = _in_turn([tasks[method] for method in mixable], count)
-    yield Mix(f"{count} of these three", three, beside=beside.title, least=0.97)
-    yield Mix(f"{count} × {LORA}", tasks[LORA], least=0.90, peft_way="one batch, adapter_names")
-    yield (beside := partly(list(tasks)))
+    yield Mix(f"{count} of these three", three, beside=partly(mixable), least=0.97)
+    yield Mix(f"{count} × {LORA}", tasks[LORA], beside=base, least=0.90, peft_way="one batch, adapter_names")
     every = _in_turn(list(tasks.values()), count)
     way = "LoRAs in one, rest per task"
-    yield Mix(f"{count} of all methods", every, beside=beside.title, least=0.95, peft_way=way)
-    yield Mix(f"{len(loras)} distinct LoRAs", loras, least=0.85)
-    yield Mix("one LoRA for all", tasks[LORA][:1], least=0.93)
+    yield Mix(f"{count} of all methods", every, beside=partly(list(tasks)), least=0.95, peft_way=way)
+    yield Mix(f"{len(loras)} distinct LoRAs", loras, beside=base, least=0.85)
+    yield Mix("one LoRA for all", tasks[LORA][:1], beside=base, least=0.93)
 
 
 def cached_tokens(workload: Workload) -> int:
@@ -120,17 +119,26 @@ def _in_turn(methods: list[list[T]], count: int) -> list[T]:
 
 
 def measure(workload: Workload, medley: Medley, peer: PeftPeer | None, mix: Mix, numbers: random.Random) -> Pair:
-    """One round of one row, on Medley and then on PEFT with the same prompts."""
+    """One round of a row and of what it is compared with, on Medley, and then of the row on PEFT with its prompts."""
+    runs: dict[str, tuple[Run, int]] = {}
+    both = [mix] if mix.beside is None else [mix, mix.beside]
+    jobs = {each.title: _jobs(workload, medley, each, numbers) for each in both}
+    for each in both if numbers.random() < 0.5 else reversed(both):
+        adapters: list[int] = []
+        run = medley.run(jobs[each.title], lambda output, seen=adapters: seen.append(output.stats.adapters))  # type: ignore[misc]
+        runs[each.title] = run, max(adapters)
+    peft = peer.run(jobs[mix.title]) if peer is not None and mix.peft_way is not None else None
+    return Pair(*runs[mix.title], None if mix.beside is None else runs[mix.beside.title][0], peft)
+
+
+def _jobs(workload: Workload, medley: Medley, mix: Mix, numbers: random.Random) -> list[Job]:
+    """A row's requests; what they find there already is computed here."""
     make_resident(medley.engine, list(mix.tasks))
     text = max(mix.beginnings, key=len)
     if text:
         drive(medley.engine, [Job([*text, 0], None)], 1)
     fresh = workload.jobs(list(mix.tasks), numbers)
-    jobs = [Job([*text, *job.prompt], job.task) for text, job in zip(cycle(mix.beginnings), fresh, strict=False)]
-    adapters: list[int] = []
-    medley_run = medley.run(jobs, lambda output: adapters.append(output.stats.adapters))
-    peft_run = peer.run(jobs) if peer is not None and mix.peft_way is not None else None
-    return Pair(medley_run, max(adapters), peft_run)
+    return [Job([*text, *job.prompt], job.task) for text, job in zip(cycle(mix.beginnings), fresh, strict=False)]
 
 
 def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
@@ -167,11 +175,18 @@ def _peft_rates(pairs: Sequence[Pair]) -> list[float]:
     return [pair.peft.tokens_per_second for pair in pairs if pair.peft is not None]
 
 
+def _rates_beside(pairs: Sequence[Pair]) -> list[float]:
+    """None of them where nothing is beside."""
+    return [pair.beside.tokens_per_second for pair in pairs if pair.beside is not None]
+
+
 def _over_base(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
     for mix in rows:
-        if mix.title != BASE:
-            value = ratio(_rates(pairs[mix.title]), _rates(pairs[mix.beside]))
-            yield Figure(f"{mix.title} ÷ {mix.beside}", value, target=None if mix.least is None else Target(mix.least))
+        if mix.beside is not None:
+            measured = pairs[mix.title]
+            value = ratio(_rates(measured), _rates_beside(measured))
+            target = None if mix.least is None else Target(mix.least)
+            yield Figure(f"{mix.title} ÷ {mix.beside.title}", value, target=target)
 
 
 def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
@@ -182,28 +197,36 @@ def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Fi
             yield Figure(f"{mix.title}: Medley ÷ PEFT", ratio(_rates(pairs[mix.title]), peft), target=target)
 
 
+def _cached(runs: Sequence[Run]) -> str:
+    return f"{median(run.cached_virtual for run in runs):.0f} / {max(run.cached_text for run in runs)}"
+
+
 def _table(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Table:
     with_peft = bool(_peft_rates(pairs[BASE]))
     lines = []
     for mix in rows:
         measured = pairs[mix.title]
         runs = [pair.medley for pair in measured]
+        beside = _rates_beside(measured)
+        runs_beside = [pair.beside for pair in measured if pair.beside is not None]
         line = [
             mix.title,
             f"{median(_rates(measured)):.1f}",
-            f"{ratio(_rates(measured), _rates(pairs[BASE])):.3f}",
+            _cached(runs),
             f"{median(pair.adapters for pair in measured):.0f}",
-            f"{median(run.cached_virtual for run in runs):.0f} / {max(run.cached_text for run in runs)}",
+            f"{median(beside):.1f}" if beside else "–",
+            _cached(runs_beside) if beside else "–",
         ]
         if with_peft:
             peft = _peft_rates(measured)
             line += [f"{median(peft):.1f}" if peft else "–", mix.peft_way or "–"]
         lines.append(line)
-    columns = ["tasks", "Medley tokens/s", f"÷ {BASE}", "distinct in a step", "cached"]
+    columns = ["tasks", "Medley tokens/s", "cached", "distinct in a step", "beside", "cached"]
     if with_peft:
         columns += ["PEFT tokens/s", "PEFT runs it as"]
     caption = (
-        "tokens/s are output tokens; ‘cached’ are positions not computed, per round: virtual tokens / text, at most"
+        "tokens/s are output tokens, ‘beside’ of what the row is compared with; ‘cached’ are positions not computed, "
+        "per round: virtual tokens / text, at most"
     )
     return Table("Mixed tasks", columns, lines, caption)
 
@@ -215,7 +238,7 @@ def main(
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a request")] = 64,
     new: Annotated[int, typer.Option(min=1, help="new tokens of a request")] = 64,
     tasks: Annotated[int, typer.Option(min=1, help="tasks of each method")] = 16,
-    virtual: Annotated[int, typer.Option(min=_PAGE, help="virtual tokens of a prompt or a prefix")] = 20,
+    virtual: Annotated[int, typer.Option(min=_PAGE, help="virtual tokens of a prompt or a prefix")] = 2 * _PAGE,
     peft: Annotated[
         bool, typer.Option("--peft", help="beside Hugging Face PEFT, which takes most of the time")
     ] = False,
@@ -226,7 +249,7 @@ def main(
 ) -> None:
     """Mixed tasks beside the base alone and, if asked, beside Hugging Face PEFT."""
     if quick:
-        size, requests, prompt, new, tasks, virtual, rounds = SIZES["tiny"], 8, 8, 4, 4, 20, 1
+        size, requests, prompt, new, tasks, rounds = SIZES["tiny"], 8, 8, 4, 4, 1
     prepare(threads)
     compare(Workload(size, requests, prompt, new, virtual, tasks), rounds, with_peft=peft).finish(save)
 

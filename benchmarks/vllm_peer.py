@@ -9,7 +9,8 @@ vLLM pins many packages, so it is kept out of Medley's environment. Make one for
         'extra ==' not in each and not each.startswith('torch')), sep='\\n')" > vllm-requirements.txt
     vllm-env/bin/pip install -r vllm-requirements.txt
 
-and name it: `--vllm vllm-env`. torchvision, torchaudio and torchcodec are left out: text needs none of them.
+and name it: `--vllm vllm-env`. It compiles the model when it starts, for which it wants a C++ compiler. torchvision,
+torchaudio and torchcodec are left out: text needs none of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def vllm_server(environment: Path, base: Path, workload: Workload, tasks: Sequen
     command = [
         *(str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(base), "--served-model-name", VLLM_BASE, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"),
+        *("--dtype", "float32", "--no-enable-prefix-caching"),
         *("--max-num-seqs", str(workload.requests), "--max-model-len", str(workload.length)),
     ]
     if tasks:
@@ -69,7 +70,7 @@ def installed_version(environment: Path) -> str:
 
 def _variables() -> dict[str, str]:
     return {
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -85,7 +86,8 @@ class DeltaPlanner:
                 part = parts.setdefault((site.is_head, delta.kind.is_elementwise), [])
                 run_kernel = run_kernel_at(self._shape, self._kernels, delta.site, delta.kind)
                 part.append(_Delta(delta.site, delta.kind, delta.blocks, kernel, run_kernel))
-            templates = [_Template(deltas, *which, self._pool.device) for which, deltas in parts.items()]
+            work = 0 if self._kernels is None else self._kernels.run_work
+            templates = [_Template(deltas, *which, self._pool.device, work) for which, deltas in parts.items()]
             self._templates[layout] = templates
         return templates
 
@@ -106,11 +108,20 @@ _Shaped = tuple[_Delta, list[tuple[int, int]]]  # with its blocks' widths and ro
 class _Template:
     """Deltas of one layout that take the same tokens together, for any tokens."""
 
-    def __init__(self, deltas: list[_Delta], is_head: bool, is_elementwise: bool, device: torch.device) -> None:
-        """`is_head`: at the output layer, whose rows are the step's logits; elsewhere they are its tokens."""
+    def __init__(
+        self, deltas: list[_Delta], is_head: bool, is_elementwise: bool, device: torch.device, run_work: int
+    ) -> None:
+        """`is_head`: at the output layer, whose rows are the step's logits; elsewhere they are its tokens; `run_work`
+        is that of the kernels."""
         self._is_head = is_head
-        self._joins_all = is_elementwise
-        self._joins_few = not any(delta.kind.by_adapter for delta in deltas)
+        self._few: float = MANY_TOKENS - 1  # tokens of one adapter that are taken together with others'
+        if is_elementwise:
+            self._few = math.inf
+        elif any(delta.kind.by_adapter for delta in deltas):
+            self._few = 0
+        elif all(delta.kernel is not None for delta in deltas):
+            tallest = max(block.height for delta in deltas for block in delta.blocks)
+            self._few = max(self._few, run_work // tallest)
         self._deltas: list[_Shaped] = []
         offsets: dict[tuple[int, int], list[int]] = {}  # by width and rows: blocks of one shape are found at once
         for delta in deltas:
@@ -131,9 +142,8 @@ class _Template:
         many: list[_Span] = []
         for run in runs:
             span = run.logits if self._is_head else run.tokens
-            is_few = self._joins_all or (self._joins_few and span.stop - span.start < MANY_TOKENS)
             if span.start < span.stop:
-                (few if is_few else many).append((run.resident, span))
+                (few if span.stop - span.start <= self._few else many).append((run.resident, span))
         if len(few) == 1:
             yield from self._own_rows(*few[0], self._deltas, pool)
         elif few:
@@ -149,7 +159,7 @@ class _Template:
     ) -> Iterator[tuple[str, Segment]]:
         """All tokens are of one adapter. The matrix products of many are faster than a kernel that goes by token."""
         for delta, _ in deltas:
-            kernel = delta.kernel if self._joins_all or tokens.stop - tokens.start < MANY_TOKENS else None
+            kernel = delta.kernel if tokens.stop - tokens.start <= self._few else None
             rows = resident.rows(pool, delta.blocks)
             yield delta.site, Segment(tokens, delta.kind, rows, is_each=False, kernel=kernel)
 

@@ -43,6 +43,8 @@ contiguous along their second dimension."""
 class DeviceDeltas:
     """See `DeltaBackend` of `server.model.row_deltas`."""
 
+    run_work = 0  # many tokens are left to matrix products; not measured yet
+
     def __init__(self, launches: Mapping[str, Launch], device: torch.device, *, has_grouped: bool = False) -> None:
         """`launches` by the names in `DeltaKind.compiled`; `has_grouped`: whether torch has grouped products here."""
         self._launches = launches

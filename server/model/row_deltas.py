@@ -101,6 +101,9 @@ class DeltaBackend(Protocol):
     """What computes kinds at linear modules in their place; each sort of device has its own. Rows of zeros change
     nothing."""
 
+    run_work: int
+    """Tokens of one adapter × rows of a block up to which what goes token by token is as fast as matrix products."""
+
     def of(self, kind: DeltaKind) -> Kernel | None:
         """The kernel that computes the same as `kind`; None where there is none."""
 

@@ -21,20 +21,18 @@ from benchmarks.peft_peer import PeftPeer
 from benchmarks.workload import Task, Workload
 
 RATE = r"\d+\.\d"
-AFTER_TEXT = "base after 16 tokens of cached text"
-CACHED = {  # of 8 requests, by row: virtual tokens / text
-    BASE: "0 / 0",
-    AFTER_TEXT: "0 / 128",
-    "4 × prompt tuning": "160 / 0",
-    "4 × prefix tuning": "160 / 0",
-    "4 × (IA)³": "0 / 0",
-    "base, 3 of 4 rows after such text": "0 / 96",
-    "4 of these three": "120 / 0",
-    "4 × LoRA r=8 on q, v": "0 / 0",
-    "base, 2 of 4 rows after such text": "0 / 64",
-    "4 of all methods": "80 / 0",
-    "8 distinct LoRAs": "0 / 0",
-    "one LoRA for all": "0 / 0",
+AFTER_TEXT = "base after 32 tokens of cached text"
+CACHED = {  # of 8 requests, by row: virtual tokens / text of the row and of what it is compared with
+    BASE: ("0 / 0", "–"),
+    AFTER_TEXT: ("0 / 256", "0 / 0"),
+    "4 × prompt tuning": ("256 / 0", "0 / 256"),
+    "4 × prefix tuning": ("256 / 0", "0 / 256"),
+    "4 × (IA)³": ("0 / 0", "0 / 0"),
+    "4 of these three": ("192 / 0", "0 / 192"),
+    "4 × LoRA r=8 on q, v": ("0 / 0", "0 / 0"),
+    "4 of all methods": ("128 / 0", "0 / 128"),
+    "8 distinct LoRAs": ("0 / 0", "0 / 0"),
+    "one LoRA for all": ("0 / 0", "0 / 0"),
 }
 WORKLOAD = Workload(SIZES["tiny"], requests=8, prompt_tokens=8, new_tokens=4, virtual_tokens=20, tasks=4)
 
@@ -49,9 +47,9 @@ def _reference_library_may_warn() -> Iterator[None]:
 def test_quick_mode_prints_every_row_and_serves_from_cache_only_what_it_says() -> None:
     outcome = CliRunner().invoke(app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    for row, cached in CACHED.items():
-        # task │ Medley │ ÷ base │ distinct │ cached virtual / text │
-        line = rf"{re.escape(row)} +│ +{RATE} │ +\d+\.\d+ │ +\d+ │ +{cached} │"
+    for row, (cached, beside) in CACHED.items():
+        # task │ Medley │ cached virtual / text │ distinct │ beside │ its cached │
+        line = rf"{re.escape(row)} +│ +{RATE} │ +{cached} │ +\d+ │ +({RATE}|–) │ +{beside} │"
         assert re.search(line, outcome.output), f"{row} is missing in:\n{outcome.output}"
     assert "Medley ÷ PEFT" not in outcome.output, "it was not asked for"
 
@@ -82,15 +80,14 @@ def test_a_size_may_be_given_by_its_widths() -> None:
     assert BaseSize.parse("768x12x12x8192") == SIZES["large"]
 
 
-def test_each_row_has_as_many_tasks_as_it_says_and_is_beside_a_row_that_comes_before() -> None:
+def test_each_row_has_as_many_tasks_as_it_says_and_is_compared_with_the_base() -> None:
     tasks = {method: [Task(method, f"{method} {index}", Path(f"{index}")) for index in range(4)] for method in METHODS}
     loras = [Task(LORA, f"variant {index}", Path(f"v{index}")) for index in range(8)]
-    seen: set[str] = set()
     for mix in mixes(WORKLOAD, tasks, loras):
-        assert mix.beside in seen | {mix.title}
-        seen.add(mix.title)
         count = re.match(r"\d+", mix.title)
         assert len({task.name for task in mix.tasks}) == (int(count[0]) if count else len(mix.tasks))
+        assert (mix.beside is None) == (mix.title == BASE)
+        assert mix.beside is None or not mix.beside.tasks
 
 
 @pytest.mark.parametrize(("virtual", "text"), [(16, 16), (20, 16), (31, 16), (32, 32)])

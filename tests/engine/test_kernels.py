@@ -13,6 +13,7 @@ from server.engine.packing import MANY_TOKENS
 from server.engine.runner import Runner
 from server.engine.scheduler import Schedule
 from server.model import FrozenBase, Segment
+from server.model.delta_kernels import DeltaKernels
 from server.model.kernels import find_kernels
 from tests.harness import greedy, make_engine, request, run
 
@@ -40,6 +41,7 @@ def test_scales_and_low_rank_updates_of_few_tokens_are_left_to_kernels(
         return own(self, schedule, batch)
 
     monkeypatch.setattr(Runner, "run", noting)
+    monkeypatch.setattr(DeltaKernels, "run_work", 0)
     engine = make_engine(base)
     names = ["ia3", "lora", "lora", "ia3"]
     run(engine, [request(str(at), list(range(3, 15)), greedy(4), tasks[name]) for at, name in enumerate(names)])
