@@ -55,7 +55,7 @@ VLLM = "vLLM over HTTP"
 MIXED = ", LoRAs mixed"
 NO_VLLM = "vLLM is skipped: name its environment with --vllm; the docstring of benchmarks/vllm_peer.py makes one"
 _QUICK = BaseSize(128, 2, 2, 512)  # vLLM has no attention for narrower heads
-# GiB, as vLLM's: what the first rounds have touched, so that no server is given new memory while it is measured
+# GiB, as vLLM's: little, so that after a round or two no server is given memory anew while it is measured
 _KV_OPTION = ("--kv-cache-memory", "1")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

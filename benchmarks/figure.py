@@ -56,15 +56,20 @@ class Group:
 
 
 def saved(folder: Path, names: Sequence[str]) -> tuple[list[Group], dict[str, Any]]:
-    """The saved reports of these names in their order, those that are missing left out; and the first one's machine.
+    """The saved reports of these names in their order, a heading for each that is missing; and the first one's machine.
 
     Raises `FileNotFoundError` where there is none.
     """
-    reports = [json.loads(path.read_text("utf-8")) for name in names if (path := folder / f"{name}.json").exists()]
+    paths = {name: folder / f"{name}.json" for name in names}
+    reports = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
     if not reports:
         raise FileNotFoundError(f"{folder} has none of {', '.join(names)}; run the benchmarks with --save")
     groups = []
-    for report in reports:
+    for name in names:
+        report = reports.get(name)
+        if report is None:
+            groups.append(Group(f"benchmarks.{name}: not saved", []))
+            continue
         figures = [
             Figure(each["name"], each["value"], each["unit"], Target(**each["target"]))
             for each in report["figures"]
@@ -72,7 +77,7 @@ def saved(folder: Path, names: Sequence[str]) -> tuple[list[Group], dict[str, An
         ]
         if figures:
             groups.append(Group(report["title"], figures))
-    return groups, reports[0]["machine"]
+    return groups, next(iter(reports.values()))["machine"]
 
 
 def share_of_target(figure: Figure) -> float:

@@ -2,8 +2,8 @@
 
 For soft prompts, (IA)³ and LoRA each, 64 requests at once, alternated: of 16 tasks; of 64 tasks drawn uniformly among
 1,000 that are resident; of tasks drawn by zipf's law among 10,000, of which the bank holds 1,000, so that some are
-loaded from their own files while the others run. Beside it: what a lookup, a publication and a load take with 100 and
-with 10,000 tasks registered.
+loaded from their own files while the others run. Beside it: what a lookup and a publication take with 100 and with
+10,000 tasks registered. Steps and loads are the engine's, which knows of no task but those that it is asked for.
 """
 
 from __future__ import annotations

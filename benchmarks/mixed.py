@@ -3,7 +3,7 @@
 Rows: tasks of each method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all.
 Prompts and prefixes are compared with the base after a text that is cached and as long, for their positions are there
 too; mixtures with a base of which as many rows have such a text; everything else with the base only. A row and what it
-is compared with run one right after the other, either of them first, for a machine drifts within a minute as well.
+is compared with run one right after the other, in turn the one and the other first: machines drift within a minute.
 
 Every request has a fresh prompt. Adapters, prefixes and the cached text are there before the clock starts, so the
 cached tokens that are printed are virtual ones and that text, and nothing else.
@@ -18,6 +18,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from statistics import median
@@ -69,7 +70,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Measured:
     """One round of a row."""
 
     medley: Run
@@ -118,17 +119,25 @@ def _in_turn(methods: list[list[T]], count: int) -> list[T]:
     return [methods[index % len(methods)][index // len(methods)] for index in range(count)]
 
 
-def measure(workload: Workload, medley: Medley, peer: PeftPeer | None, mix: Mix, numbers: random.Random) -> Pair:
-    """One round of a row and of what it is compared with, on Medley, and then of the row on PEFT with its prompts."""
+def measure(
+    workload: Workload,
+    medley: Medley,
+    peer: PeftPeer | None,
+    mix: Mix,
+    is_first: Iterator[bool],
+    numbers: random.Random,
+) -> Measured:
+    """One round of a row, before or after what it is compared with, on Medley, and then of the row on PEFT with its
+    prompts."""
     runs: dict[str, tuple[Run, int]] = {}
     both = [mix] if mix.beside is None else [mix, mix.beside]
     jobs = {each.title: _jobs(workload, medley, each, numbers) for each in both}
-    for each in both if numbers.random() < 0.5 else reversed(both):
+    for each in both if next(is_first) else reversed(both):
         adapters: list[int] = []
         run = medley.run(jobs[each.title], lambda output, seen=adapters: seen.append(output.stats.adapters))  # type: ignore[misc]
         runs[each.title] = run, max(adapters)
     peft = peer.run(jobs[mix.title]) if peer is not None and mix.peft_way is not None else None
-    return Pair(*runs[mix.title], None if mix.beside is None else runs[mix.beside.title][0], peft)
+    return Measured(*runs[mix.title], None if mix.beside is None else runs[mix.beside.title][0], peft)
 
 
 def _jobs(workload: Workload, medley: Medley, mix: Mix, numbers: random.Random) -> list[Job]:
@@ -153,8 +162,7 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
             notes = [f"check: {check(workload, medley, peer, tasks)}"] if peer is not None else []
             rows = list(mixes(workload, tasks, loras))
             cases = [
-                Case(mix.title, lambda numbers, mix=mix: measure(workload, medley, peer, mix, numbers))  # type: ignore[misc]
-                for mix in rows
+                Case(mix.title, partial(measure, workload, medley, peer, mix, cycle((True, False)))) for mix in rows
             ]
             pairs = alternate(cases, rounds)
             title = (
@@ -166,21 +174,21 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
     return Report("mixed", title, figures, facts, [_table(rows, pairs)], notes)
 
 
-def _rates(pairs: Sequence[Pair]) -> list[float]:
+def _rates(pairs: Sequence[Measured]) -> list[float]:
     return [pair.medley.tokens_per_second for pair in pairs]
 
 
-def _peft_rates(pairs: Sequence[Pair]) -> list[float]:
+def _peft_rates(pairs: Sequence[Measured]) -> list[float]:
     """None of them where PEFT was not asked."""
     return [pair.peft.tokens_per_second for pair in pairs if pair.peft is not None]
 
 
-def _rates_beside(pairs: Sequence[Pair]) -> list[float]:
+def _rates_beside(pairs: Sequence[Measured]) -> list[float]:
     """None of them where nothing is beside."""
     return [pair.beside.tokens_per_second for pair in pairs if pair.beside is not None]
 
 
-def _over_base(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
+def _over_base(rows: Sequence[Mix], pairs: dict[str, list[Measured]]) -> Iterator[Figure]:
     for mix in rows:
         if mix.beside is not None:
             measured = pairs[mix.title]
@@ -189,7 +197,7 @@ def _over_base(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Fi
             yield Figure(f"{mix.title} ÷ {mix.beside.title}", value, target=target)
 
 
-def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Figure]:
+def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Measured]]) -> Iterator[Figure]:
     for mix in rows:
         peft = _peft_rates(pairs[mix.title])
         if peft:
@@ -198,10 +206,14 @@ def _over_peft(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Iterator[Fi
 
 
 def _cached(runs: Sequence[Run]) -> str:
-    return f"{median(run.cached_virtual for run in runs):.0f} / {max(run.cached_text for run in runs)}"
+    """Positions not computed: virtual tokens / text, of all rounds."""
+    return " / ".join(
+        " – ".join(map(str, sorted(set(counts))))
+        for counts in ([run.cached_virtual for run in runs], [run.cached_text for run in runs])
+    )
 
 
-def _table(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Table:
+def _table(rows: Sequence[Mix], pairs: dict[str, list[Measured]]) -> Table:
     with_peft = bool(_peft_rates(pairs[BASE]))
     lines = []
     for mix in rows:
@@ -226,7 +238,7 @@ def _table(rows: Sequence[Mix], pairs: dict[str, list[Pair]]) -> Table:
         columns += ["PEFT tokens/s", "PEFT runs it as"]
     caption = (
         "tokens/s are output tokens, ‘beside’ of what the row is compared with; ‘cached’ are positions not computed, "
-        "per round: virtual tokens / text, at most"
+        "in each round: virtual tokens / text"
     )
     return Table("Mixed tasks", columns, lines, caption)
 

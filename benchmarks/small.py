@@ -1,9 +1,8 @@
 """`python -m benchmarks.small`: how much of a small base's step is neither matrix product nor attention?
 
-Decode steps of 64 rows on a base so small that everything else shows. The step, its attention and the engine's own
-parts are timed with a clock around each call, a few dozen calls a step. The matrix products are inside calls that
-others share, so they are taken from torch's profiler, in steps of their own: an operator's own time is hardly changed
-by being recorded, while that of the Python between operators is, so the profiled steps' duration is not used.
+Decode steps of 64 rows on a base so small that everything else shows. The step and its parts are timed with a clock
+around each call, some hundred calls a step: the engine's own parts, attention, and each matrix product, with the few
+microseconds of Python that call it.
 
 Beside it: a step of one row, and the same step's matrix products alone in the fastest way that torch has.
 """
@@ -11,7 +10,6 @@ Beside it: a step of one row, and the same step's matrix products alone in the f
 from __future__ import annotations
 
 import functools
-import os
 import random
 import time
 from collections import defaultdict
@@ -22,7 +20,6 @@ from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
-from torch.autograd.profiler import profile
 
 from benchmarks.bases import SIZES, random_base
 from benchmarks.frame import (
@@ -48,7 +45,7 @@ from server.engine.pages import pages_for
 from server.engine.runner import Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
-from server.model import FrozenBase, PagedAttention
+from server.model import FrozenBase, PagedAttention, products
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -61,7 +58,7 @@ _PARTS: dict[str, tuple[type, str]] = {  # what is timed, by what it is called h
     "attention": (PagedAttention, "attend"),
     "sampling": (Sampler, "choose"),
 }
-_PRODUCTS = ("addmm", "::mm", "linear")  # in the names of torch's operators; attention's products are batched: `bmm`
+_PRODUCTS = ("pack", "activated", "multiplied")  # of `server.model.products`: what makes a module's product
 
 
 @dataclass(frozen=True)
@@ -85,43 +82,37 @@ def decoding(engine: Engine, rows: int, workload: Workload, prompts: random.Rand
         engine.abort(name)
 
 
-def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random) -> Parts:
+def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random, spent: dict[str, float]) -> Parts:
     """`workload.new_tokens` decode steps by the clock: means of the whole and of its parts."""
-    with decoding(engine, rows, workload, prompts), _clocks() as spent:
+    with decoding(engine, rows, workload, prompts):
+        spent.clear()
         seconds = []
         for _ in range(workload.new_tokens):
             started = time.perf_counter()
             step(engine)
             seconds.append(time.perf_counter() - started)
-    return Parts(mean(seconds), {part: each / len(seconds) for part, each in spent.items()})
-
-
-def profiled(engine: Engine, rows: int, workload: Workload, prompts: random.Random) -> Parts:
-    """The matrix products of decode steps, by torch's profiler."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its own start otherwise
-    with decoding(engine, rows, workload, prompts):
-        step(engine)
-        with profile(use_kineto=False) as record:
-            for _ in range(workload.new_tokens):
-                step(engine)
-    micros = sum(
-        event.self_cpu_time_total for event in record.key_averages() if any(name in event.key for name in _PRODUCTS)
-    )
-    return Parts(0.0, {"products": micros / 1e6 / workload.new_tokens})
+        return Parts(mean(seconds), {part: each / len(seconds) for part, each in spent.items()})
 
 
 @contextmanager
-def _clocks() -> Iterator[dict[str, float]]:
-    """Seconds spent in each of `_PARTS` inside the block."""
+def clocks() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of `_PARTS`, and in the products of bases that are made inside the block."""
     spent: dict[str, float] = defaultdict(float)
-    originals = {part: getattr(owner, name) for part, (owner, name) in _PARTS.items()}
+    places: list[tuple[Any, str, str, bool]] = [(owner, name, part, False) for part, (owner, name) in _PARTS.items()]
+    places += [(products, name, "products", True) for name in _PRODUCTS]
+    originals = [getattr(owner, name) for owner, name, _, _ in places]
     try:
-        for part, (owner, name) in _PARTS.items():
-            setattr(owner, name, _clocked(originals[part], spent, part))
+        for (owner, name, part, makes), original in zip(places, originals, strict=True):
+            setattr(owner, name, (_making if makes else _clocked)(original, spent, part))
         yield spent
     finally:
-        for part, (owner, name) in _PARTS.items():
-            setattr(owner, name, originals[part])
+        for (owner, name, _, _), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _making(original: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+    """What makes a product makes a clocked one."""
+    return lambda *arguments: _clocked(original(*arguments), spent, part)
 
 
 def _clocked(original: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
@@ -136,17 +127,16 @@ def _clocked(original: Callable[..., Any], spent: dict[str, float], part: str) -
     return call
 
 
-def compare(base: FrozenBase, workload: Workload, rounds: int) -> Report:
-    """All cases of one base."""
+def compare(base: FrozenBase, workload: Workload, rounds: int, spent: dict[str, float]) -> Report:
+    """All cases of one base, made inside `clocks`, which gave `spent`."""
     facts = machine()
     rows = workload.requests
     limit = Limit(workload.size, [Step(tokens=1, logits=1)])
     pages = rows * pages_for(base.max_model_len, engine_limits(0).page_size)
     with open_engine(base, engine_limits(pages)) as engine:
         cases = [
-            Case("steps", lambda prompts: timed(engine, rows, workload, prompts)),
-            Case("products", lambda prompts: profiled(engine, rows, workload, prompts)),
-            Case("steps of 1 row", lambda prompts: timed(engine, 1, workload, prompts)),
+            Case("steps", lambda prompts: timed(engine, rows, workload, prompts, spent)),
+            Case("steps of 1 row", lambda prompts: timed(engine, 1, workload, prompts, spent)),
             Case("products of 1 row", lambda _: Parts(limit.measure().linear, {})),
         ]
         measured = alternate(cases, rounds)
@@ -158,13 +148,13 @@ def _report(
 ) -> Report:
     steps = measured["steps"]
     whole = [each.whole for each in steps]
-    products = [each.parts["products"] for each in measured["products"]]
+    multiplied = [each.parts["products"] for each in steps]
     attention = [each.parts["attention"] for each in steps]
-    outside = [all_ - product - attend for all_, product, attend in zip(whole, products, attention, strict=True)]
+    outside = [all_ - product - attend for all_, product, attend in zip(whole, multiplied, attention, strict=True)]
     forward = [each.parts["forward"] for each in steps]
-    between = [run - product - attend for run, product, attend in zip(forward, products, attention, strict=True)]
+    between = [run - product - attend for run, product, attend in zip(forward, multiplied, attention, strict=True)]
     parts = {
-        "matrix products": products,
+        "matrix products": multiplied,
         "attention": attention,
         "the rest of the forward pass": between,
         **{part: [each.parts[part] for each in steps] for part in ("scheduling", "packing", "sampling")},
@@ -212,8 +202,10 @@ def main(
     prepare(threads)
     chunks = -(-rows * prompt // engine_limits(0).max_prefill_tokens)
     workload = Workload(size, rows, prompt, steps, 0, tasks=0)
-    base = FrozenBase(random_base(size, prompt + steps + chunks + 8))
-    compare(base, workload, rounds).finish(save)
+    with clocks() as spent:
+        base = FrozenBase(random_base(size, prompt + steps + chunks + 8))
+        report = compare(base, workload, rounds, spent)
+    report.finish(save)
 
 
 if __name__ == "__main__":

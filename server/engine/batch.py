@@ -1,4 +1,5 @@
-"""A step's batch: the schedule as tensors. Built anew for each step, never edited."""
+"""A step's batch: the schedule as tensors. Built anew for each step; into one that was built before its tokens were
+known these are put when they are."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class _Template:
         """`is_head`: at the output layer, whose rows are the step's logits; elsewhere they are its tokens; `run_work`
         is that of the kernels."""
         self._is_head = is_head
-        self._few: float = MANY_TOKENS - 1  # tokens of one adapter that are taken together with others'
+        self._few: float = MANY_TOKENS - 1  # of one adapter, at most so many tokens are taken together with others'
         if is_elementwise:
             self._few = math.inf
         elif any(delta.kind.by_adapter for delta in deltas):

@@ -130,6 +130,8 @@ class Engine:
             ticket = self._tickets.pop(request_id, None)
             if ticket is not None:
                 self.bank.cancel(ticket)
+        if not self._sequences:
+            self._ahead = None
 
     def pin(self, adapters: Iterable[AdapterRef]) -> None:
         """Load these ahead and keep them; those pinned before and not named are ordinary again."""
@@ -247,8 +249,11 @@ class Engine:
             self._end_without_tokens(rows)
         sampling = [rows for rows in sampling if rows.sequence.sampling.max_tokens > 0]
         if sampling:
-            places = torch.tensor([rows.stop - 1 for rows in sampling], device=logits.device)
-            chosen = logits.index_select(0, places)  # a tenth of the time of indexing by a list
+            places = [rows.stop - 1 for rows in sampling]
+            if places == list(range(len(places))):
+                chosen = logits[: len(places)]
+            else:  # a tenth of the time of indexing by a list
+                chosen = logits.index_select(0, torch.tensor(places, device=logits.device))
             sequences = [rows.sequence for rows in sampling]
             for sequence, choice in zip(sequences, self._sampler.choose(sequences, chosen), strict=True):
                 self._append(sequence, choice)

@@ -15,8 +15,8 @@ from server.engine.prefixes import PrefixRun
 from server.engine.scheduler import Row, Schedule
 from server.engine.sequence import Sequence
 
-# From so many tokens on an adapter is applied by itself, unless a kernel is as fast token by token; fewer take their rows
-# out of the pool, all adapters of one layout at once. (Two cores: 8 copies of one LoRA's rows cost as much either way.)
+# From so many tokens on an adapter is applied by itself, unless a kernel is as fast token by token; fewer take their
+# rows out of the pool, all adapters of a layout at once. (Two cores: 8 tokens of one LoRA cost as much either way.)
 MANY_TOKENS = 8
 
 

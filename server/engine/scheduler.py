@@ -127,20 +127,25 @@ class Scheduler:
         for sequence in streams + prompts:
             if sequence in step.rows:  # nobody is preempted from here on: what a row fills will be there
                 self._share_pages(sequence, step)
-        while budget and self.waiting and len(self.running) < self._max_seqs and not step.num_preempted:
+        while budget and self._may_start and not step.num_preempted:
             spent = self._start(self.waiting.head(), budget, step)
             if spent is None:
                 break
             budget -= spent
         return step
 
+    @property
+    def _may_start(self) -> bool:
+        """Whether somebody waits for whom there is a row."""
+        return bool(self.waiting) and len(self.running) < self._max_seqs
+
     def plan_ahead(self, step: Schedule) -> Schedule | None:
         """While `step` is under way: the one behind it, where all that it depends on but the tokens is known.
 
-        Every running sequence gets a token from `step` and goes on, nobody waits, and there are pages. These are taken;
-        nothing else is counted before `confirm`.
+        Every running sequence gets a token from `step` and goes on, nobody could start, and there are pages. These are
+        taken; nothing else is counted before `confirm`.
         """
-        if self.waiting or step.rows.keys() != set(self.running):
+        if self._may_start or step.rows.keys() != set(self.running):
             return None
         if any(each.num_remaining or len(each.output) + 1 >= each.sampling.max_tokens for each in self.running):
             return None
@@ -156,7 +161,7 @@ class Scheduler:
 
     def confirm(self, ahead: Schedule) -> bool:
         """Count a step that was planned ahead, if it is still what `schedule` would choose; else forget it."""
-        if self.waiting or list(ahead.rows) != self.running:
+        if self._may_start or list(ahead.rows) != self.running:
             self._unused_pages = ahead.fresh_pages
             return False
         for sequence in self.running:

@@ -131,8 +131,11 @@ def _attend(pointer: Any) -> None:
             sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
             _softmax(scores[head, first:length], sink)
             output[token, head] = 0
-        likely = min(call.taken // call.shares, rows - 1)  # the row that comes next, unless another thread takes it
-        next_keys = call.keys + page_bytes * tables[likely, 0]
+        likely = min(call.taken, rows * call.shares - 1)  # what comes next, unless another thread takes it
+        next_row, next_part = likely // call.shares, likely % call.shares
+        next_place = max(0, lengths[next_row] - call.window) // size if call.window > 0 else 0
+        next_keys = call.keys + page_bytes * tables[next_row, next_place]
+        next_keys += 4 * head_dim * (next_part * call.kv_heads // call.shares - heads_from)
         for place in range(begin, last + 1):
             start, stop = max(first, place * size), min(length, (place + 1) * size)
             page = values[pages[place], start - place * size : stop - place * size]

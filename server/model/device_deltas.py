@@ -82,11 +82,16 @@ class DeviceDeltas:
         return Placed(block.pool.narrow(0, block.first, block.count), self._order[: block.count].expand(tokens, -1))
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far a kernel may be off, relative to the largest value."""
+    return max(2 * torch.finfo(dtype).eps, _LEAST_TOLERANCE)
+
+
 def find_device_deltas(device: torch.device, dtype: torch.dtype) -> tuple[DeviceDeltas | None, str]:
     """Kernels that have given the right answers on this device, or None, and in words which or why not."""
     if dtype not in _DTYPES:
         return None, f"no kernels for {dtype}"
-    most = max(2 * torch.finfo(dtype).eps, _LEAST_TOLERANCE)
+    most = tolerance(dtype)
     try:
         from server.model.triton_deltas import LAUNCHES  # noqa: PLC0415 - Triton comes with torch on CUDA alone
 
@@ -100,6 +105,6 @@ def find_device_deltas(device: torch.device, dtype: torch.dtype) -> tuple[Device
     try:
         has_grouped = worst_run_difference(dtype, device) <= most
         note = "long runs by grouped products" if has_grouped else "no grouped products: they are wrong"
-    except (AttributeError, RuntimeError) as error:  # an older torch, an older device
+    except (AttributeError, RuntimeError) as error:  # an older torch; a device or a type for which it is a loop
         has_grouped, note = False, f"no grouped products: {error}".partition("\n")[0]
     return DeviceDeltas(LAUNCHES, device, has_grouped=has_grouped), f"by Triton's kernels; {note}"

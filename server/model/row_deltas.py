@@ -168,6 +168,9 @@ def change_outputs(
             if kernel is not None and rows.dim() == seen_rows.dim() == 2:
                 kernel(seen_rows, rows, tokens, blocks)
                 continue
+            assert not blocks or not isinstance(blocks[0], RunRows), (
+                "a linear module's inputs are one row for each token"
+            )
             chosen, seen = _chosen(rows, tokens), _chosen(seen_rows, tokens)
             if kind.is_relative and level and base_forward is not None:
                 own = base_forward(seen)

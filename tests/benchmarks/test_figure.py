@@ -41,6 +41,7 @@ def test_every_figure_with_a_target_is_a_bar_of_its_length(tmp_path: Path) -> No
     assert "half <way>" in texts
     assert "9 s (≥ 1)" in texts
     assert "no target" not in texts
+    assert "benchmarks.missing: not saved" in texts
 
 
 def test_the_groups_are_in_the_order_asked_for(tmp_path: Path) -> None:

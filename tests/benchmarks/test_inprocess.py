@@ -15,10 +15,10 @@ from benchmarks.bases import SIZES, random_base
 from benchmarks.inprocess import drive, engine_limits, make_resident, open_engine
 from benchmarks.many import popularity, recently_used
 from benchmarks.process_memory import anonymous_bytes, load_peak, return_freed_memory
-from benchmarks.small import timed
+from benchmarks.small import clocks, timed
 from benchmarks.workload import Job, Task, Workload
 from server.engine.runner import Runner
-from server.model import FrozenBase, PagedAttention
+from server.model import FrozenBase, PagedAttention, products
 
 WORKLOAD = Workload(SIZES["tiny"], requests=4, prompt_tokens=8, new_tokens=4, virtual_tokens=4, tasks=1)
 
@@ -62,12 +62,16 @@ def test_what_a_cache_holds_is_distinct_and_favours_the_popular() -> None:
     assert recently_used(tasks[:5], popularity(5), 100) != []
 
 
-def test_clocks_are_taken_off_again_and_parts_fit_into_the_step(base: FrozenBase) -> None:
-    own = Runner.run, PagedAttention.attend
-    with open_engine(base, engine_limits(32)) as engine:
-        parts = timed(engine, 2, WORKLOAD, random.Random(0))
-    assert (Runner.run, PagedAttention.attend) == own
-    assert 0 < parts.parts["attention"] < parts.parts["forward"]
+def test_clocks_are_taken_off_again_and_parts_fit_into_the_step() -> None:
+    own = Runner.run, PagedAttention.attend, products.pack
+    with clocks() as spent:
+        base = FrozenBase(random_base(WORKLOAD.size, 64))
+        with open_engine(base, engine_limits(32)) as engine:
+            parts = timed(engine, 2, WORKLOAD, random.Random(0), spent)
+    assert (Runner.run, PagedAttention.attend, products.pack) == own
+    assert parts.parts["attention"] > 0
+    assert parts.parts["products"] > 0
+    assert parts.parts["attention"] + parts.parts["products"] < parts.parts["forward"] < parts.whole
 
 
 def test_limits_are_the_servers_but_for_what_is_given() -> None:

@@ -158,14 +158,27 @@ def test_pages_of_a_plan_that_did_not_come_are_zeroed_in_the_step_that_does() ->
     assert page not in scheduler.schedule().fresh_pages
 
 
+def test_who_waits_for_a_row_does_not_keep_the_others_from_being_planned() -> None:
+    scheduler = Scheduler(PagePool(20, 4), max_seqs=1, max_batch_tokens=64, max_prefill_tokens=64)
+    one = _sequence("one", 4)
+    scheduler.add(one)
+    step = scheduler.schedule()
+    scheduler.add(_sequence("two", 2))
+    ahead = scheduler.plan_ahead(step)
+    assert ahead is not None
+    one.output.append(7)
+    assert scheduler.confirm(ahead)
+
+
 @pytest.mark.parametrize("why", ["somebody waits", "a prompt goes on", "the last token", "no pages"])
 def test_what_is_not_certain_is_not_planned(why: str) -> None:
     scheduler = _scheduler(num_pages=4 if why == "no pages" else 20)
+    if why == "no pages":
+        scheduler.add(_sequence("all of them", 8))
     if why == "a prompt goes on":
         scheduler.add(_sequence("long", 70))
-    if why == "no pages":
-        scheduler.add(_sequence("long", 8))
-    scheduler.add(_sequence("one", 4, max_tokens=1 if why == "the last token" else 99))
+    else:
+        scheduler.add(_sequence("one", 4, max_tokens=1 if why == "the last token" else 99))
     step = scheduler.schedule()
     if why == "somebody waits":
         scheduler.add(_sequence("two", 2))

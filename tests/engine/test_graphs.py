@@ -27,7 +27,8 @@ from tests.reference.adapters import configs, save_adapter
 from tests.reference.bases import VOCABULARY, tiny_base
 
 MAX_TOKENS = 8
-DEVICE_DELTAS = DeviceDeltas(SLOW_LAUNCHES, torch.device("cpu"), has_grouped=True)
+HAS_GROUPED = hasattr(torch.nn.functional, "grouped_mm")
+DEVICE_DELTAS = DeviceDeltas(SLOW_LAUNCHES, torch.device("cpu"), has_grouped=HAS_GROUPED)
 STACKS = [
     (),
     ("prompt",),
@@ -153,6 +154,7 @@ def test_steps_with_the_kernels_of_a_device_answer_as_those_of_a_cpu(
     assert bool(padded) == is_padded
 
 
+@pytest.mark.skipif(not HAS_GROUPED, reason="this torch has no grouped products")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_prompts_of_several_adapters_are_left_to_grouped_products(
     base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,7 @@ def test_only_kernels_that_were_tried_are_used(
     assert "\n" not in why
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped products")
 @pytest.mark.parametrize("grouped_mm", [None, lambda rows, factors, offs: rows @ factors[0]], ids=["missing", "wrong"])
 def test_grouped_products_are_used_only_where_they_are_right(
     grouped_mm: object, monkeypatch: pytest.MonkeyPatch

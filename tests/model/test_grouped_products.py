@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 from server.model import RunRows
+from server.model.device_deltas import tolerance
 from server.model.grouped_products import low_rank_of_runs, worst_run_difference
 
 
-@pytest.mark.parametrize(
-    ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str
-)
-def test_what_computes_right_passes_the_trial(dtype: torch.dtype, most: float) -> None:
-    assert worst_run_difference(dtype, torch.device("cpu")) < most
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_computes_right_passes_the_trial(dtype: torch.dtype) -> None:
+    assert worst_run_difference(dtype, torch.device("cpu")) < tolerance(dtype)
 
 
 def _swapped(rows: Tensor, factors: Tensor, offs: Tensor) -> Tensor:
-    return own(rows, factors.flip(0), offs=offs)
+    assert own is not None
+    return own(rows, factors.flip(0), offs=offs)  # type: ignore[no-any-return]
 
 
 def _not_finite(rows: Tensor, factors: Tensor, offs: Tensor) -> Tensor:
-    return own(rows, factors, offs=offs) * torch.nan
+    assert own is not None
+    return own(rows, factors, offs=offs) * torch.nan  # type: ignore[no-any-return]
 
 
-own = torch.nn.functional.grouped_mm
+own = getattr(torch.nn.functional, "grouped_mm", None)
+pytestmark = pytest.mark.skipif(own is None, reason="this torch has no grouped products")
 
 
 @pytest.mark.parametrize("wrong", [_swapped, _not_finite])
