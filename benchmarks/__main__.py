@@ -19,7 +19,7 @@ from benchmarks.frame import Quick
 
 SUITE: dict[str, tuple[str, ...]] = {  # options beyond each one's defaults, in the picture's order
     "base": ("--prompt", "32", "--new", "32"),
-    "mixed": ("--new", "32"),
+    "mixed": ("--new", "16"),
     "many": ("--new", "16"),
     "small": (),
     "long_prompts": (),

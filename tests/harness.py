@@ -110,6 +110,16 @@ def collect(engine: Engine, results: dict[str, Result]) -> StepStats:
     return output.stats
 
 
+def load_first(engine: Engine, requests: Iterable[Generate]) -> None:
+    """Load the adapters of requests, so that who meets in a step does not hang on how fast files are read."""
+    adapters = {ref.digest: ref for item in requests for ref in item.stack}
+    engine.pin(adapters.values())
+    while len(engine.bank) < len(adapters):
+        engine.step()
+        time.sleep(0.001)
+    engine.pin([])
+
+
 def run(engine: Engine, requests: Iterable[Generate], arrivals: random.Random | None = None) -> Run:
     """Run to the end. With `arrivals` the requests come in random order, a few at random steps."""
     pending = list(requests)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.model import FrozenBase
-from tests.harness import greedy, make_engine, request, run
+from tests.harness import greedy, load_first, make_engine, request, run
 
 _VARIABLE = "MEDLEY_TEST_DATA"
 
@@ -60,6 +60,7 @@ def test_recorded_answers_of_a_pretrained_base_come_out_of_one_mixed_engine(
         )
         for index, line in enumerate(golden)
     ]
+    load_first(engine, requests)
     outcome = run(engine, requests, random.Random(page_size))
     engine.close()
     for index, line in enumerate(golden):

@@ -18,7 +18,7 @@ from server.adapters import Adapter, Checkpoint, read_adapter
 from server.cli.fused import convert_fusion
 from server.errors import AdapterError
 from server.model import FrozenBase
-from tests.harness import Alone, Result, alone, assert_same, greedy, make_engine, request, run
+from tests.harness import Alone, Result, alone, assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.adapters import configs, save_adapter
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "adapterhub"
@@ -145,6 +145,7 @@ def test_the_librarys_answers_all_cases_mixed(
             requests.append(request(f"{case}/{index}", row["prompt"], sampling, *folders))
     others, alone_answers = _peft(tmp_path)
     requests += [request(folder.name, _PROMPT, greedy(8), folder) for folder in others]
+    load_first(engine, requests)
     outcome = run(engine, requests, random.Random(page_size))
     engine.close()
     for name, row in expected.items():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.model import FrozenBase
-from tests.harness import Alone, alone, assert_same, greedy, make_engine, request, run
+from tests.harness import Alone, alone, assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.adapters import configs, save_adapter
 from tests.reference.bases import VOCABULARY, tiny_base
 
@@ -154,6 +154,7 @@ def test_same_answer_as_the_changed_base_alone(architecture: str, tmp_path: Path
         requests.append(request(name, prompts[1], greedy(MAX_TOKENS), folder))
     base = FrozenBase(tiny_base(architecture))
     engine = make_engine(base, page_size=3, num_pages=24, max_batch_tokens=13, max_seqs=10)
+    load_first(engine, requests)
     outcome = run(engine, requests, rng)
     engine.close()
     left_out = sum(assert_same(outcome.results[name], wanted, name) for name, wanted in expected.items())

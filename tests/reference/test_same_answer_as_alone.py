@@ -16,7 +16,7 @@ import pytest
 from peft import PeftModel
 
 from server.model import FrozenBase
-from tests.harness import Alone, alone, assert_same, greedy, make_engine, request, run
+from tests.harness import Alone, alone, assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.adapters import configs, save_adapter
 from tests.reference.bases import ARCHITECTURES, VOCABULARY, tiny_base
 
@@ -74,6 +74,7 @@ def test_same_answer_as_alone(
         request(case.name, case.prompt, greedy(MAX_TOKENS), *([case.folder] if case.folder else []))
         for case in expected
     ]
+    load_first(engine, requests)
     outcome = run(engine, requests, random.Random(page_size))
     engine.close()
     left_out = sum(assert_same(outcome.results[case.name], case.expected, case.name) for case in expected)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from server.model import FrozenBase
-from tests.harness import NEAR_TIE, Alone, alone, assert_same, greedy, make_engine, request, run
+from tests.harness import NEAR_TIE, Alone, alone, assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.adapters import CAUSAL, save_adapter
 from tests.reference.bases import VOCABULARY, tiny_base
 
@@ -125,6 +125,7 @@ def test_a_stack_of_one_method_answers_as_its_library_or_as_the_two_put_together
                     expected[f"{name}/{index}"] = partial(reference, architecture)(stack, prompt)
                     requests.append(request(f"{name}/{index}", prompt, greedy(MAX_TOKENS), *stack))
     engine = make_engine(FrozenBase(tiny_base(architecture)), page_size=3, num_pages=24, max_batch_tokens=19)
+    load_first(engine, requests)
     outcome = run(engine, requests, random.Random(1))
     engine.close()
     left_out = sum(assert_same(outcome.results[name], answer, name) for name, answer in expected.items())

@@ -22,7 +22,7 @@ from server.engine.batch import StepBatch
 from server.engine.engine import Engine
 from server.engine.scheduler import Schedule
 from server.model import FrozenBase
-from tests.harness import NEAR_TIE, Alone, alone, assert_same, greedy, make_engine, request, run
+from tests.harness import NEAR_TIE, Alone, alone, assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.adapters import CAUSAL, configs, save_adapter
 from tests.reference.bases import VOCABULARY, tiny_base
 from tests.reference.stacked import Stacked
@@ -116,6 +116,7 @@ def test_each_stack_answers_as_its_definition_says(
     engine = make_engine(base, page_size=page_size, num_pages=num_pages, max_batch_tokens=max_batch_tokens)
     padded = _pad(engine) if is_padded else []
     requests = [request(case.name, case.prompt, greedy(MAX_TOKENS), *case.stack) for case in cases]
+    load_first(engine, requests)
     outcome = run(engine, requests, random.Random(2))
     engine.close()
     left_out = sum(assert_same(outcome.results[case.name], case.expected, case.name) for case in cases)
