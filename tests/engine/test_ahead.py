@@ -110,6 +110,17 @@ def test_a_sequence_that_is_aborted_after_the_plan_leaves_the_others_right(
     assert tokens == {name: expected[name].tokens for name in tokens}
 
 
+def test_a_plan_goes_with_the_last_of_its_sequences(base: FrozenBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(base)
+    _look_ahead(engine, monkeypatch)
+    engine.add(request("one", [5, 6], greedy(12)))
+    engine.step()
+    assert engine._ahead is not None
+    engine.abort("one")
+    engine.close()
+    assert engine._ahead is None, "an idle server keeps nobody's prompt"
+
+
 def _sequence(name: str, prompt: int, max_tokens: int = 99) -> Sequence:
     return Sequence(
         Generate(id=name, prompt=list(range(prompt)), sampling=Sampling(max_tokens=max_tokens), deadline=0.0)
@@ -139,6 +150,20 @@ def test_a_plan_takes_pages_and_counts_nothing_until_it_is_confirmed() -> None:
     assert scheduler.confirm(ahead)
     assert [each.num_computed for each in (one, two)] == [5, 3]
     assert [each.num_charged for each in (one, two)] == [5, 3]
+
+
+def test_pages_that_fill_up_in_planned_steps_are_shared() -> None:
+    scheduler = _scheduler()
+    one = _sequence("one", 4)
+    scheduler.add(one)
+    step = scheduler.schedule()
+    for token in range(50, 54):
+        ahead = scheduler.plan_ahead(step)
+        assert ahead is not None
+        one.output.append(token)
+        assert scheduler.confirm(ahead)
+        step = ahead
+    assert [node.key for node in one.text_nodes] == [(0, 1, 2, 3), (50, 51, 52, 53)]
 
 
 def test_pages_of_a_plan_that_did_not_come_are_zeroed_in_the_step_that_does() -> None:

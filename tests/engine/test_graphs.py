@@ -18,6 +18,7 @@ from server.engine.protocol import Generate
 from server.engine.scheduler import Schedule
 from server.model import FrozenBase, KVCache, LayerShape, RunRows, Segment, SiteKind, SitePlan
 from server.model.device_deltas import DeviceDeltas
+from server.model.grouped_products import ALIGNED
 from server.model.kernels import Kernels
 from tests.engine.conftest import ARCHITECTURE
 from tests.harness import Result, greedy, make_engine, request, run
@@ -172,7 +173,10 @@ def test_prompts_of_several_adapters_are_left_to_grouped_products(
 
     def watched(schedule: Schedule, batch: StepBatch) -> torch.Tensor:
         blocks = [each.blocks[0] for levels in batch.deltas.values() for level in levels for each in level]
-        runs.extend(len(block.index) for block in blocks if isinstance(block, RunRows))
+        for block in blocks:
+            if isinstance(block, RunRows):
+                runs.append(len(block.index))
+                assert block.index.shape[1] % ALIGNED == 0, "devices take no other ranks"
         return own(schedule, batch)
 
     engine._runner.run = watched  # type: ignore[method-assign]

@@ -30,8 +30,9 @@ def test_a_device_that_is_not_there_has_none() -> None:
     assert why.startswith("Triton")
 
 
+@pytest.mark.parametrize("run_work", [0, DeltaKernels.run_work])
 def test_scales_and_low_rank_updates_of_few_tokens_are_left_to_kernels(
-    base: FrozenBase, tasks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    base: FrozenBase, tasks: dict[str, Path], run_work: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segments: list[Segment] = []
     own = Runner.run
@@ -41,7 +42,7 @@ def test_scales_and_low_rank_updates_of_few_tokens_are_left_to_kernels(
         return own(self, schedule, batch)
 
     monkeypatch.setattr(Runner, "run", noting)
-    monkeypatch.setattr(DeltaKernels, "run_work", 0)
+    monkeypatch.setattr(DeltaKernels, "run_work", run_work)
     engine = make_engine(base)
     names = ["ia3", "lora", "lora", "ia3"]
     run(engine, [request(str(at), list(range(3, 15)), greedy(4), tasks[name]) for at, name in enumerate(names)])
@@ -49,7 +50,9 @@ def test_scales_and_low_rank_updates_of_few_tokens_are_left_to_kernels(
     seen = set()
     for segment in segments:
         count = segment.tokens.stop - segment.tokens.start if isinstance(segment.tokens, slice) else len(segment.tokens)
-        is_fit = segment.is_each or segment.kind.is_elementwise or count < MANY_TOKENS
+        few = max(MANY_TOKENS, run_work // 8)  # prompts of 12 tokens are few where there is work for them
+        is_fit = segment.is_each or segment.kind.is_elementwise or count < few
         assert (segment.kernel is not None) == (segment.kind.compiled is not None and is_fit)
         seen.add((segment.kind.compiled, is_fit))
-    assert seen >= {("scale", True), ("low_rank", True), ("low_rank", False)}
+    assert seen >= {("scale", True), ("low_rank", True)}
+    assert (("low_rank", False) in seen) == (run_work == 0)
