@@ -1,12 +1,13 @@
 """`python -m benchmarks.mixed`: what does mixing tasks cost over the base alone, and what does it gain over PEFT?
 
 Rows: tasks of each method; of several methods at once; as many distinct LoRAs as there are requests; one LoRA for all.
-Prompts and prefixes are compared with the base after a text that is cached and as long, for their positions are there
-too; mixtures with a base of which as many rows have such a text; everything else with the base only. A row and what it
-is compared with run one right after the other, in turn the one and the other first: machines drift within a minute.
+Prompts and prefixes are compared with the base after texts that are cached, as many and as long, for their positions
+are there too; mixtures with a base of which as many rows have such a text; everything else with the base only. A row
+and what it is compared with run one right after the other, in turn the one and the other first: machines drift within a
+minute.
 
-Every request has a fresh prompt. Adapters, prefixes and the cached text are there before the clock starts, so the
-cached tokens that are printed are virtual ones and that text, and nothing else.
+Every request has a fresh prompt. Adapters, prefixes and the cached texts are there before the clock starts, so the
+cached tokens that are printed are virtual ones and these texts, and nothing else.
 
 With `--peft` each round also runs the same prompts by Hugging Face PEFT, each method in the best way that PEFT has for
 it, and no figure is printed before both systems have been found to give the right tokens.
@@ -81,17 +82,15 @@ class Measured:
 
 def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -> Iterator[Mix]:
     """Every row; `loras` are as many as requests."""
-    text = [random.Random(3).randrange(workload.size.vocabulary) for _ in range(cached_tokens(workload))]
     count, mixable = workload.tasks, [PROMPT, PREFIX, IA3]
+    texts = cached_texts(workload)
     base = Mix(BASE, peft_way="one static batch")
-    after = Mix(f"base after {len(text)} tokens of cached text", beginnings=[text], beside=base)
+    after = Mix(f"base after {count} cached texts of {len(texts[0])} tokens", beginnings=texts, beside=base)
 
     def partly(methods: Sequence[str]) -> Mix:
-        """The base, with text in place of the virtual tokens that a mixture of these methods has."""
-        beginnings = [
-            text if method in (PROMPT, PREFIX) else []
-            for method in _in_turn([[each] * count for each in methods], count)
-        ]
+        """The base, with texts in place of the virtual tokens that a mixture of these methods has."""
+        in_turn = _in_turn([[each] * count for each in methods], count)
+        beginnings = [text if method in (PROMPT, PREFIX) else [] for text, method in zip(texts, in_turn, strict=True)]
         return Mix(f"base, {sum(map(bool, beginnings))} of {count} rows after such text", beginnings=beginnings)
 
     yield base
@@ -109,9 +108,11 @@ def mixes(workload: Workload, tasks: dict[str, list[Task]], loras: list[Task]) -
     yield Mix("one LoRA for all", tasks[LORA][:1], beside=base, least=0.93)
 
 
-def cached_tokens(workload: Workload) -> int:
-    """Whole pages of text, as many as a soft prompt fills, so that all of it is cached: never more than its tokens."""
-    return workload.virtual_tokens // _PAGE * _PAGE
+def cached_texts(workload: Workload) -> list[list[int]]:
+    """A text for each task, of as many whole pages as a soft prompt fills, so that all of it is cached: never more than
+    its tokens."""
+    numbers, length = random.Random(3), workload.virtual_tokens // _PAGE * _PAGE
+    return [[numbers.randrange(workload.size.vocabulary) for _ in range(length)] for _ in range(workload.tasks)]
 
 
 def _in_turn(methods: list[list[T]], count: int) -> list[T]:
@@ -143,9 +144,9 @@ def measure(
 def _jobs(workload: Workload, medley: Medley, mix: Mix, numbers: random.Random) -> list[Job]:
     """A row's requests; what they find there already is computed here."""
     make_resident(medley.engine, list(mix.tasks))
-    text = max(mix.beginnings, key=len)
-    if text:
-        drive(medley.engine, [Job([*text, 0], None)], 1)
+    texts = [Job([*text, 0], None) for text in mix.beginnings if text]
+    if texts:
+        drive(medley.engine, texts, 1)
     fresh = workload.jobs(list(mix.tasks), numbers)
     return [Job([*text, *job.prompt], job.task) for text, job in zip(cycle(mix.beginnings), fresh, strict=False)]
 
@@ -157,7 +158,7 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
         tasks = write_adapters(workload, Path(folder))
         loras = write_variants(tasks[LORA][0], Path(folder), workload.requests)
         peer = PeftPeer(workload, tasks) if with_peft else None
-        num_prefixes = sum(map(len, tasks.values())) + 1
+        num_prefixes = sum(map(len, tasks.values())) + workload.tasks  # of tasks and of cached texts
         with Medley(workload, num_prefixes) as medley:
             notes = [f"check: {check(workload, medley, peer, tasks)}"] if peer is not None else []
             rows = list(mixes(workload, tasks, loras))

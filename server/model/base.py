@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from server.model.probe import probe
 from server.model.products import dense_weight
 from server.model.row_deltas import SitePlan, change_outputs
 from server.model.sites import SiteKind, Sites, SiteShape
+
+if TYPE_CHECKING:
+    from server.model.short_steps import ShortSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -82,13 +85,15 @@ class FrozenBase:
         model.set_attn_implementation(IMPLEMENTATION)
         self.embedding: nn.Module = model.get_input_embeddings()
         self.token_embedding = self._token_embedding()  # before weights are packed
-        self.sites = Sites(model, model.get_output_embeddings())
+        self.kernels, self.kernels_note = find_kernels(self.device, self.dtype)  # None, and why
+        short = self.kernels and self.kernels.short
+        self.sites = Sites(model, model.get_output_embeddings(), short)
         if self.device.type == "cpu":
             keep_freed_memory()
         norms = dict(find_norms(model))
-        self.kernels, self.kernels_note = find_kernels(self.device, self.dtype)  # None, and why
-        fuse(model, self.sites, self.kernels and self.kernels.layers)
+        fuse(model, self.sites, self.kernels and self.kernels.layers, short)
         self.blocks = self._add_traced_sites(norms)
+        self.short_layers = [] if short is None else self._shorten_layers(short)
         self.sites.shapes[self.token_embedding.site] = SiteShape(
             1, self._embedding_weight.shape[1], is_head=False, kind=SiteKind.EMBEDDING
         )
@@ -117,6 +122,16 @@ class FrozenBase:
         blocks = tuple(traced.blocks())
         self.sites.add_blocks(self.model, blocks)
         return blocks
+
+    def _shorten_layers(self, short: ShortSteps) -> list[str]:
+        """Once all their sites are known; the names of those for which it is possible."""
+        from server.model.short_layers import shorten_layers  # noqa: PLC0415 - imports compiled kernels
+
+        def run(tokens: int, attention: Attention) -> None:
+            ids = torch.arange(tokens) % self.vocab_size
+            self.forward(self.embed(ids), ids + 1, attention, {}, ids[:1])
+
+        return list(shorten_layers(self.model, self.sites, short, run))
 
     @classmethod
     def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:

@@ -44,7 +44,9 @@ def take_unit(typing_context: Any, call: Any) -> Any:
     return types.int64(call), generate
 
 
-def _pointer_to(element: Any) -> Any:
+def pointer_to(element: Any) -> Any:
+    """What makes a pointer to such elements of an address."""
+
     @intrinsic  # type: ignore[untyped-decorator]
     def pointer(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -70,7 +72,19 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-floats, integers = _pointer_to(types.float32), _pointer_to(types.int64)
+@intrinsic  # type: ignore[untyped-decorator]
+def call_at(typing_context: Any, address: Any) -> Any:
+    """Call the function at an address, `void()`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), []).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], function), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+floats, integers = pointer_to(types.float32), pointer_to(types.int64)
 """From an address to the numbers there."""
 
 
@@ -83,6 +97,8 @@ class TorchThreads:
         self._parallel = openmp.GOMP_parallel
         self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._parallel.restype = None
+        self.barrier = ctypes.cast(openmp.GOMP_barrier, ctypes.c_void_p).value or 0
+        """Address of the function in which a kernel's threads wait until all of them have come."""
 
     def run(self, kernel: Any, record: int, pieces: int) -> None:
         """Run a compiled function, `void(record *)`, on all of them, and wait; a single piece of work on this one.

@@ -8,6 +8,8 @@ the processor cannot know which comes next: while one is read, the kernel asks f
 
 from __future__ import annotations
 
+import ctypes
+from struct import Struct
 from typing import Any
 
 import numba
@@ -18,31 +20,31 @@ from torch import Tensor
 from server.model.attention import AttentionOptions, DecodeGroup
 from server.model.compiled import COMPILED, TorchThreads, floats, integers, prefetch, take_unit
 
-_CALL = np.dtype(
-    [
-        ("taken", np.int64),  # shares of rows
-        ("rows", np.int64),
-        ("shares", np.int64),  # of a row's KV heads
-        ("num_tokens", np.int64),
-        ("heads", np.int64),
-        ("kv_heads", np.int64),
-        ("head_dim", np.int64),
-        ("page_size", np.int64),
-        ("num_pages", np.int64),
-        ("table_width", np.int64),
-        ("window", np.int64),  # 0: none
-        ("query", np.int64),  # this and all below are addresses
-        ("keys", np.int64),
-        ("values", np.int64),
-        ("tables", np.int64),
-        ("lengths", np.int64),
-        ("tokens", np.int64),
-        ("output", np.int64),
-        ("sinks", np.int64),  # 0: none
-        ("scaling", np.float32),
-        ("softcap", np.float32),  # 0: none
-    ]
+_FIELDS = (
+    "taken",  # shares of rows
+    "rows",
+    "shares",  # of a row's KV heads
+    "num_tokens",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "page_size",
+    "num_pages",
+    "table_width",
+    "window",  # 0: none
+    "query",  # this and every other field that is named as a tensor: its address
+    "keys",
+    "values",
+    "tables",
+    "lengths",
+    "tokens",
+    "output",
+    "sinks",  # 0: none
+    "scaling",  # this and the next are float32
+    "softcap",  # 0: none
 )
+_RECORD = Struct(f"{len(_FIELDS) - 2}q2f")
+_CALL = np.dtype([(name, np.int64) for name in _FIELDS[:-2]] + [(name, np.float32) for name in _FIELDS[-2:]])
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _LINE = 16  # numbers of a cache line
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
@@ -144,10 +146,9 @@ def _attend(pointer: Any) -> None:
         share = take_unit(pointer)
 
 
-_WRITE = np.dtype(
-    [(name, np.int64) for name in ("taken", "count", "width", "slots", "keys", "values", "key_slots", "value_slots")]
-)
-_WRITE_POINTER = types.CPointer(numba.from_dtype(_WRITE))
+_WRITE_FIELDS = ("taken", "count", "width", "slots", "keys", "values", "key_slots", "value_slots")
+_WRITE_RECORD = Struct(f"{len(_WRITE_FIELDS)}q")
+_WRITE_POINTER = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _WRITE_FIELDS])))
 
 
 @cfunc(types.void(_WRITE_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
@@ -169,11 +170,13 @@ def _write(pointer: Any) -> None:
 
 
 class DecodeKernel:
-    """See the module."""
+    """See the module. Used by one thread at a time."""
 
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
         self._threads = TorchThreads()
+        self._call = ctypes.create_string_buffer(_RECORD.size)
+        self._address = ctypes.addressof(self._call)
 
     def __call__(
         self,
@@ -189,44 +192,49 @@ class DecodeKernel:
         `query` and `output` `[num_tokens, heads, head_dim]`, the latter contiguous; `pages` is a layer of the cache,
         `[2, pages, page_size, kv_heads, head_dim]`; all float32 on the CPU.
         """
-        keys, values = pages
         num_tokens, heads, head_dim = query.shape
-        num_pages, page_size, kv_heads, _ = keys.shape
+        _, num_pages, page_size, kv_heads, _ = pages.shape
         query, sinks = query.contiguous(), options.sinks
-        shares = 1 if len(group.lengths) >= _MANY_ROWS else kv_heads
         tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
-        call = np.array(
-            (
-                0,
-                len(tables),
-                shares,
-                num_tokens,
-                heads,
-                kv_heads,
-                head_dim,
-                page_size,
-                num_pages,
-                tables.shape[1],
-                options.sliding_window or 0,
-                query.data_ptr(),
-                keys.data_ptr(),
-                values.data_ptr(),
-                tables.data_ptr(),
-                lengths.data_ptr(),
-                tokens[group.start :].data_ptr(),
-                output.data_ptr(),
-                0 if sinks is None else sinks.data_ptr(),
-                head_dim**-0.5 if options.scaling is None else options.scaling,
-                options.softcap or 0,
-            ),
-            dtype=_CALL,
+        rows, table_width = tables.shape
+        shares = 1 if rows >= _MANY_ROWS else kv_heads
+        keys, values = _addresses(pages)
+        _RECORD.pack_into(
+            self._call,
+            0,
+            0,
+            rows,
+            shares,
+            num_tokens,
+            heads,
+            kv_heads,
+            head_dim,
+            page_size,
+            num_pages,
+            table_width,
+            options.sliding_window or 0,
+            query.data_ptr(),
+            keys,
+            values,
+            tables.data_ptr(),
+            lengths.data_ptr(),
+            tokens.data_ptr() + group.start * tokens.itemsize,
+            output.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            head_dim**-0.5 if options.scaling is None else options.scaling,
+            options.softcap or 0,
         )
-        self._threads.run(_attend, call.ctypes.data, len(tables) * shares)
+        self._threads.run(_attend, self._address, rows * shares)
 
     def write(self, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """`KVCache.write`, in one pass where torch's takes some microseconds for each token; `pages` as above."""
         keys, values = keys.contiguous(), values.contiguous()
-        key_slots, value_slots = pages
-        addresses = [each.data_ptr() for each in (slots, keys, values, key_slots, value_slots)]
-        call = np.array((0, len(slots), keys.shape[1] * keys.shape[2], *addresses), dtype=_WRITE)
-        self._threads.run(_write, call.ctypes.data, len(slots))
+        count, kv_heads, head_dim = keys.shape
+        addresses = slots.data_ptr(), keys.data_ptr(), values.data_ptr(), *_addresses(pages)
+        _WRITE_RECORD.pack_into(self._call, 0, 0, count, kv_heads * head_dim, *addresses)
+        self._threads.run(_write, self._address, count)
+
+
+def _addresses(pages: Tensor) -> tuple[int, int]:
+    """Of the keys and the values of a layer of the cache, which are one behind the other."""
+    return pages.data_ptr(), pages.data_ptr() + pages.stride(0) * pages.itemsize

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model import products
+from server.model.agreement import MAGNITUDES, agree
 from server.model.sites import Sites
 
 if TYPE_CHECKING:
     from server.model.layer_kernels import LayerKernels
+    from server.model.short_steps import ShortSteps
 
-_TOLERANCE = {torch.float32: 1e-5}  # of the largest value
-_LOW_PRECISION_TOLERANCE = 2e-2
-_MAGNITUDES = (1e-3, 1.0, 1e2)  # of the inputs on which forms are tried: an epsilon shows in the small ones
+_TRIED_TOKENS = 9  # more than a short step has
 _ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN's fusion names them
     ("swish", ""): functional.silu,
     ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
@@ -39,29 +39,20 @@ _ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None) -> None:
+def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None, short: ShortSteps | None = None) -> None:
     """Replace the forward of modules for which a faster equal form is known."""
     dtype = next(model.parameters()).dtype
     rms_norm = _rms_norm if kernels is None else kernels.rms_norm
     rotation = rotate if kernels is None else kernels.rotate
     for name, module in model.named_modules():
-        for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites)]:
-            inputs = torch.randn(1, 3, width, device=next(module.parameters()).device).to(dtype)
-            if all(_agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in _MAGNITUDES):
+        for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites, short)]:
+            inputs = torch.randn(1, _TRIED_TOKENS, width, device=next(module.parameters()).device).to(dtype)
+            if all(agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in MAGNITUDES):
                 module.forward = candidate
                 if f"{name}.down_proj" in sites.shapes:
                     sites.give_inputs(f"{name}.down_proj")  # f(gate(x)) ⊙ up(x) goes nowhere else
                 break
         _fuse_rotation(module, rotation, dtype)
-
-
-def _agree(fused: Tensor, own: Tensor) -> bool:
-    if fused.shape != own.shape or fused.dtype != own.dtype:
-        return False
-    scale = float(own.abs().max())
-    return float((fused.float() - own.float()).abs().max()) <= scale * _TOLERANCE.get(
-        own.dtype, _LOW_PRECISION_TOLERANCE
-    )
 
 
 def _norms(module: nn.Module, rms_norm: RmsNorm) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
@@ -86,14 +77,16 @@ def _rms_norm(inputs: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     return functional.rms_norm(inputs, scale.shape, scale, epsilon)
 
 
-def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+def _gated_mlps(
+    name: str, module: nn.Module, sites: Sites, short: ShortSteps | None
+) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     """down(f(gate(x)) ⊙ up(x)), the activation and the product fused into the first two."""
     gate, up, down = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
     if not (sites.is_packed(gate) and sites.is_packed(up) and isinstance(down, nn.Module)):
         return
     assert isinstance(gate, nn.Module)
     assert isinstance(up, nn.Module)
-    activation = _known_activation(getattr(module, "act_fn", None))
+    activation = known_activation(getattr(module, "act_fn", None))
     if activation is None:
         return
     own = module.forward
@@ -101,14 +94,19 @@ def _gated_mlps(name: str, module: nn.Module, sites: Sites) -> Iterator[tuple[Ca
     times_up = products.multiplied(up)
     activated_gate = products.activated(gate, *activation)
 
+    def gated(inputs: Tensor) -> Tensor:
+        return times_up(inputs, activated_gate(inputs))
+
+    inner = gated if short is None else short.gated(gate, up, activation, gated)
+
     def mlp(inputs: Tensor) -> Tensor:
-        outputs: Tensor = own(inputs) if sites.touches(touched) else down(times_up(inputs, activated_gate(inputs)))
+        outputs: Tensor = own(inputs) if sites.touches(touched) else down(inner(inputs))
         return outputs
 
     yield mlp, gate.in_features  # type: ignore[misc]
 
 
-def _known_activation(function: Any) -> tuple[str, str] | None:
+def known_activation(function: Any) -> tuple[str, str] | None:
     """The fusion's name of an activation, by its values: over a whole MLP, rounding would hide the difference."""
     if not callable(function):
         return None
@@ -151,7 +149,7 @@ def _rotates_alike(own: Any, rotation: Rotation, dtype: torch.dtype) -> bool:
             except (RuntimeError, TypeError, ValueError):
                 return width < query.shape[-1]  # one that knows no other width is never asked for it
             fused = rotation(query, key, cos, sin)
-            if not all(_agree(each, given) for each, given in zip(fused, rotated, strict=True)):
+            if not all(agree(each, given) for each, given in zip(fused, rotated, strict=True)):
                 return False
     return True
 

@@ -33,7 +33,7 @@ class PagedAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         plan = self.plan
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         if self.decode_kernel is not None:
             pages = self.cache.layers[layer]
             self.decode_kernel.write(pages, plan.slots, *plan.written(key, value))

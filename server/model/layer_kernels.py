@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from server.model.compiled import COMPILED, TorchThreads, floats, take_unit
@@ -39,9 +39,34 @@ _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
 _PIECE = 2**15  # numbers: less is sooner done by one thread than two have begun
 
 
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def normalize(inputs: Any, outputs: Any, scale: Any, epsilon: Any) -> None:
+    """y = w ⊙ x / √(mean of x² + ε), all `[width]`."""
+    squares = np.float32(0)
+    for at in range(len(inputs)):
+        squares += inputs[at] * inputs[at]
+    factor = np.float32(1) / np.sqrt(squares / np.float32(len(inputs)) + epsilon)
+    for at in range(len(inputs)):
+        outputs[at] = inputs[at] * factor * scale[at]
+
+
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def turn(inputs: Any, outputs: Any, cos: Any, sin: Any) -> None:
+    """Each dimension of each head with the one half the rotated width further: (a cos - b sin, b cos + a sin)."""
+    heads, width = inputs.shape
+    half = len(cos) // 2
+    for head in range(heads):
+        for at in range(half):
+            first, second = inputs[head, at], inputs[head, at + half]
+            outputs[head, at] = first * cos[at] - second * sin[at]
+            outputs[head, at + half] = second * cos[at + half] + first * sin[at + half]
+        for at in range(2 * half, width):
+            outputs[head, at] = inputs[head, at]
+
+
 @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
 def _norm(pointer: Any) -> None:
-    """y = w ⊙ x / √(mean of x² + ε)."""
+    """Of each row."""
     call = carray(pointer, 1)[0]
     count, width, epsilon = call.count, call.width, np.float32(call.epsilon)
     shape = (count, width)
@@ -50,35 +75,22 @@ def _norm(pointer: Any) -> None:
     piece = take_unit(pointer)
     while piece < call.pieces:
         for row in range(piece * count // call.pieces, (piece + 1) * count // call.pieces):
-            squares = np.float32(0)
-            for at in range(width):
-                squares += inputs[row, at] * inputs[row, at]
-            factor = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
-            for at in range(width):
-                outputs[row, at] = inputs[row, at] * factor * scale[at]
+            normalize(inputs[row], outputs[row], scale, epsilon)
         piece = take_unit(pointer)
 
 
 @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
 def _rotate(pointer: Any) -> None:
-    """Each dimension with the one half the rotated width further: (a cos - b sin, b cos + a sin)."""
+    """Of each token."""
     call = carray(pointer, 1)[0]
-    count, heads, width, rotary = call.count, call.heads, call.width, call.rotary_width
-    half = rotary // 2
-    shape = (count, heads, width)
+    count, rotary = call.count, call.rotary_width
+    shape = (count, call.heads, call.width)
     inputs, outputs = carray(floats(call.inputs), shape), carray(floats(call.outputs), shape)
     cosines, sines = carray(floats(call.cos), (count, rotary)), carray(floats(call.sin), (count, rotary))
     piece = take_unit(pointer)
     while piece < call.pieces:
         for token in range(piece * count // call.pieces, (piece + 1) * count // call.pieces):
-            cos, sin = cosines[token], sines[token]
-            for head in range(heads):
-                for at in range(half):
-                    first, second = inputs[token, head, at], inputs[token, head, at + half]
-                    outputs[token, head, at] = first * cos[at] - second * sin[at]
-                    outputs[token, head, at + half] = second * cos[at + half] + first * sin[at + half]
-                for at in range(rotary, width):
-                    outputs[token, head, at] = inputs[token, head, at]
+            turn(inputs[token], outputs[token], cosines[token], sines[token])
         piece = take_unit(pointer)
 
 

@@ -53,6 +53,19 @@ def pack(module: nn.Module) -> Product:
     return product
 
 
+def may_be_blocked(weight: Tensor, block: int) -> bool:
+    """Whether a packed weight `[out, in]` has the bytes of `[blocks, in, block]`, the last block of outputs filled up.
+    That it is laid out so only its product can tell."""
+    outputs, inputs = weight.shape
+    size = -(-outputs // block) * block * inputs * weight.itemsize
+    return weight.dtype == torch.float32 and int(torch.ops.mkldnn._nbytes(weight)) == size
+
+
+def address(tensor: Tensor) -> int:
+    """Of a contiguous tensor's numbers, or of a packed weight's."""
+    return int(torch.ops.mkldnn.data_ptr(tensor)) if tensor.is_mkldnn else tensor.data_ptr()
+
+
 def activated(module: nn.Module, activation: str, algorithm: str) -> Product:
     """A packed module's product with an activation of oneDNN's fused into it: f(x Wᵀ + b)."""
     linear = torch.ops.mkldnn._linear_pointwise

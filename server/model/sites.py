@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,9 @@ from server.model.attention import Attention, AttentionOptions
 from server.model.blocks import Block
 from server.model.norms import NormForm
 from server.model.row_deltas import SitePlan, apply_levels, change_outputs
+
+if TYPE_CHECKING:
+    from server.model.short_steps import ShortSteps
 
 
 class SiteKind(Enum):
@@ -48,9 +52,9 @@ class SiteShape:
 class Sites:
     """All sites of one model, by their module's name in it."""
 
-    def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module | None, short: ShortSteps | None = None) -> None:
         """Wrap every linear module (`nn.Linear`, or `Conv1D` with its transposed weight), its weight packed where that
-        is possible."""
+        is possible; with `short` products of few tokens go through that."""
         self.shapes: dict[str, SiteShape] = {}
         self._plan: SitePlan = {}
         self._packed: set[nn.Module] = set()
@@ -66,6 +70,8 @@ class Sites:
             forward = module.forward
             if products.can_pack(module):
                 forward = products.pack(module)
+                if short is not None:
+                    forward = short.product(module, forward)
                 self._packed.add(module)
             module.forward = self._wrap(name, forward)
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.adapters import LORA, METHODS, write_adapters
+from benchmarks.adapters import LORA, METHODS, PREFIX, PROMPT, write_adapters
 from benchmarks.agreement import DisagreementError, check
 from benchmarks.bases import SIZES, BaseSize
 from benchmarks.medley import Medley
-from benchmarks.mixed import BASE, app, cached_tokens, mixes
+from benchmarks.mixed import BASE, app, cached_texts, mixes
 from benchmarks.peft_peer import PeftPeer
 from benchmarks.workload import Task, Workload
 
@@ -88,11 +88,18 @@ def test_each_row_has_as_many_tasks_as_it_says_and_is_compared_with_the_base() -
         assert len({task.name for task in mix.tasks}) == (int(count[0]) if count else len(mix.tasks))
         assert (mix.beside is None) == (mix.title == BASE)
         assert mix.beside is None or not mix.beside.tasks
+        if mix.beside is not None and any(mix.beside.beginnings):  # as many texts as rows with virtual tokens
+            virtual = [task.name for task in mix.tasks if task.method in (PROMPT, PREFIX)]
+            assert len([text for text in mix.beside.beginnings if text]) == len(virtual)
 
 
-@pytest.mark.parametrize(("virtual", "text"), [(16, 16), (20, 16), (31, 16), (32, 32)])
-def test_the_cached_text_is_whole_pages_and_never_longer_than_a_soft_prompt(virtual: int, text: int) -> None:
-    assert cached_tokens(replace(WORKLOAD, virtual_tokens=virtual)) == text
+@pytest.mark.parametrize(("virtual", "length"), [(16, 16), (20, 16), (31, 16), (32, 32)])
+def test_cached_texts_are_whole_pages_never_longer_than_a_soft_prompt_and_one_for_each_task(
+    virtual: int, length: int
+) -> None:
+    texts = cached_texts(replace(WORKLOAD, virtual_tokens=virtual))
+    assert [len(text) for text in texts] == [length] * WORKLOAD.tasks
+    assert len(set(map(tuple, texts))) == WORKLOAD.tasks
 
 
 def test_wrong_answers_stop_the_benchmark_before_any_timing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from server.model import FrozenBase
 from tests.engine.conftest import ARCHITECTURE
 from tests.engine.slow import slow_generate
-from tests.harness import assert_same, greedy, make_engine, request, run
+from tests.harness import assert_same, greedy, load_first, make_engine, request, run
 from tests.reference.bases import VOCABULARY, tiny_base
 
 MAX_TOKENS = 10
@@ -91,13 +91,12 @@ def test_one_adapter_in_stacks_of_different_depth_and_place_in_one_step(
         for names in stacks
     ]
     engine = make_engine(base)
-    outcome = run(
-        engine,
-        [
-            request(str(index), PROMPTS[1], greedy(MAX_TOKENS), *(tasks[name] for name in names))
-            for index, names in enumerate(stacks)
-        ],
-    )
+    requests = [
+        request(str(index), PROMPTS[1], greedy(MAX_TOKENS), *(tasks[name] for name in names))
+        for index, names in enumerate(stacks)
+    ]
+    load_first(engine, requests)
+    outcome = run(engine, requests)
     engine.close()
     assert max(step.rows for step in outcome.steps) == len(stacks)
     for index, expected in enumerate(alone):

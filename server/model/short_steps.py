@@ -1,0 +1,143 @@
+"""Short steps: what a base computes for a few tokens, as one stream's decoding asks for, in few calls.
+
+Between a layer's matrix products stand some thirty operations. With one row each is over sooner than Python has called
+the next, and the weights that pass through the caches in between take the place of the operations' code. So a decoder
+layer of the usual form, where it has no adapters, is two calls of `server.model.short_kernels`, one before and one
+behind its attention, and every other product of a packed weight is one.
+
+A form is tried against what it takes the place of when the base is loaded; where they differ by more than rounding, the
+class's own code stays. Nothing here knows a class by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from server.model.agreement import agree
+from server.model.compiled import TorchThreads
+from server.model.products import Product, address, may_be_blocked
+from server.model.short_kernels import (
+    ACTIVATIONS,
+    BLOCK,
+    CHUNK,
+    GATED,
+    MOST_TOKENS,
+    NORM,
+    OPERATION,
+    PRODUCT,
+    ROTATION,
+    run_all,
+)
+
+_PIECES = 2  # of work: more than one, for all threads
+Fields = dict[str, float | Tensor]  # of an operation, by name; of a tensor its address
+
+
+class Program:
+    """Operations that one call runs; what they read and write is fixed but for the tensors that a call is given."""
+
+    def __init__(
+        self, threads: TorchThreads, operations: list[Fields], given: dict[str, list[tuple[int, str]]]
+    ) -> None:
+        """`given`: of each tensor of a call, by name, the operations and their fields that take its address."""
+        self._threads = threads
+        self._operations = operations  # they keep the tensors
+        self._calls = [_calls(operations, tokens, threads.barrier) for tokens in range(1, MOST_TOKENS + 1)]
+        self._given = given
+
+    def run(self, tokens: int, **tensors: Tensor) -> None:
+        """For so many tokens; contiguous tensors by name, which the caller keeps."""
+        calls = self._calls[tokens - 1]
+        calls["taken"] = 0
+        for name, tensor in tensors.items():
+            for place, field in self._given[name]:
+                calls[place][field] = tensor.data_ptr()
+        self._threads.run(run_all, calls.ctypes.data, _PIECES)
+
+
+def _calls(operations: list[Fields], tokens: int, barrier: int) -> np.ndarray[Any, Any]:
+    """Their records. All threads meet behind an operation unless it says that nobody waits for it."""
+    calls = np.zeros(len(operations), OPERATION)
+    for place, operation in enumerate(operations):
+        call = calls[place]
+        call["tokens"], call["rest"], call["barrier"], call["heads"] = tokens, len(operations) - 1 - place, barrier, 1
+        for name, value in operation.items():
+            call[name] = address(value) if isinstance(value, Tensor) else value
+        by_token = {NORM: tokens * call["heads"], ROTATION: tokens}
+        call["units"] = by_token.get(int(call["kind"]), -(-call["output_width"] // BLOCK))
+    return calls
+
+
+class ShortSteps:
+    """What of a base a program computes where there are few tokens.
+
+    Used by one thread at a time, for all programs share their buffers.
+    """
+
+    def __init__(self) -> None:
+        """Raises `OSError` where torch has not loaded GNU OpenMP."""
+        self._threads = TorchThreads()
+        self._buffers: dict[str, Tensor] = {}
+
+    def program(self, operations: list[Fields], given: dict[str, list[tuple[int, str]]]) -> Program:
+        """See `Program`."""
+        return Program(self._threads, operations, given)
+
+    def buffer(self, name: str, width: int) -> Tensor:
+        """`[MOST_TOKENS, width]`, the same for all who ask for this name and width."""
+        return self._buffers.setdefault(f"{name} {width}", torch.zeros(MOST_TOKENS, width))
+
+    def product(self, module: nn.Module, own: Product) -> Product:
+        """A packed module's product, x Wᵀ + b, for few tokens by a program; `own` is the one for any number."""
+        return self._for_few(multiplication(module), own)
+
+    def gated(self, gate: nn.Module, up: nn.Module, activation: tuple[str, str], own: Product) -> Product:
+        """Of packed modules f(gate(x)) ⊙ up(x), likewise; `activation` is f as oneDNN's fusion names it."""
+        first, second = multiplication(gate), multiplication(up)
+        if first is None or second is None or widths(first) != widths(second):
+            return own
+        return self._for_few(self.gated_operation(first, second, activation), own)
+
+    def gated_operation(self, gate: Fields, up: Fields, activation: tuple[str, str]) -> Fields:
+        """Of two products one operation."""
+        second = {f"up_{field}": up[field] for field in ("weight", "bias") if field in up}
+        second["up_outputs"] = self.buffer("up", widths(up)[1])
+        return gate | second | {"kind": GATED, "activation": ACTIVATIONS.index(activation)}
+
+    def _for_few(self, operation: Fields | None, own: Product) -> Product:
+        """What an operation computes, where that is what `own` does."""
+        if operation is None:
+            return own
+        input_width, output_width = widths(operation)
+        program = self.program([operation], {"inputs": [(0, "inputs")], "outputs": [(0, "outputs")]})
+
+        def product(inputs: Tensor) -> Tensor:
+            tokens = inputs.numel() // input_width
+            if not 0 < tokens <= MOST_TOKENS:
+                return own(inputs)
+            outputs = torch.empty(*inputs.shape[:-1], output_width)
+            program.run(tokens, inputs=inputs.contiguous(), outputs=outputs)
+            return outputs
+
+        inputs = torch.randn(MOST_TOKENS, input_width)
+        return product if agree(product(inputs), own(inputs)) else own
+
+
+def widths(product: Fields) -> tuple[int, int]:
+    """Of its input and its output."""
+    return int(product["input_width"]), int(product["output_width"])
+
+
+def multiplication(module: nn.Module) -> Fields | None:
+    """What is fixed of a packed module's product; None where its weight is not laid out as the kernel reads it."""
+    weight: Tensor = module.weight  # type: ignore[assignment]  # a module's attributes are untyped
+    outputs, inputs = weight.shape
+    if inputs % CHUNK or not may_be_blocked(weight, BLOCK):
+        return None
+    bias: Tensor | None = module.bias  # type: ignore[assignment]  # as above
+    fields: Fields = {"kind": PRODUCT, "weight": weight, "input_width": inputs, "output_width": outputs}
+    return fields if bias is None else fields | {"bias": bias}

@@ -1,0 +1,133 @@
+"""Decoder layers in two calls give what their classes give, for the classes of the usual form and for no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from server.adapters.deltas import output_scale
+from server.model import FrozenBase, Rows, Segment
+from server.model.attention import IMPLEMENTATION, AttentionOptions
+from server.model.short_kernels import MOST_TOKENS
+from tests.reference.bases import VOCABULARY, tiny_base
+
+USUAL = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+OTHERS = ("gpt2", "opt", "gpt_neox", "phi3")
+
+
+class Mixing:
+    """An attention of each token by itself, which shows its queries, keys and values; and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, AttentionOptions]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        self.asked.append((layer, options))
+        heads = query.shape[1] // key.shape[1]
+        return query * key.sum(-1, keepdim=True).repeat_interleave(heads, 1).tanh() - value.repeat_interleave(heads, 1)
+
+
+def _own(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor, Mixing]:
+    """Logits of the class itself, nothing of it changed."""
+    model.set_attn_implementation(IMPLEMENTATION)
+    mixing = Mixing()
+    inputs = model.get_input_embeddings()(ids[None])
+    output = model(inputs_embeds=inputs, position_ids=positions[None], use_cache=False, medley_attention=mixing)
+    return output.logits[0], mixing
+
+
+@pytest.mark.parametrize("architecture", USUAL + OTHERS)
+@torch.inference_mode()
+def test_short_steps_give_the_logits_of_the_class(architecture: str) -> None:
+    model = tiny_base(architecture)
+    base = FrozenBase(deepcopy(model))
+    assert len(base.short_layers) == (2 if architecture in USUAL else 0)
+    for tokens in range(1, MOST_TOKENS + 3):
+        ids = torch.arange(tokens) * 7 % VOCABULARY
+        positions = torch.arange(tokens) * 11
+        expected, asked = _own(model, ids, positions)
+        mixing = Mixing()
+        logits = base.forward(base.embed(ids), positions, mixing, {}, torch.arange(tokens))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert mixing.asked == asked.asked
+
+
+@pytest.mark.usefixtures("threads")
+@torch.inference_mode()
+def test_tokens_of_a_short_step_are_computed_as_in_a_long_one() -> None:
+    base = FrozenBase(tiny_base("qwen3"))
+    ids, positions = torch.arange(9), torch.arange(9) + 3
+    together = base.forward(base.embed(ids), positions, Mixing(), {}, torch.arange(9))
+    for start, stop in ((0, 1), (1, 3), (3, 6), (5, 9)):
+        part = slice(start, stop)
+        logits = base.forward(base.embed(ids[part]), positions[part], Mixing(), {}, torch.arange(stop - start))
+        torch.testing.assert_close(logits, together[part], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+@torch.inference_mode()
+def test_a_layer_with_deltas_runs_module_by_module(name: str) -> None:
+    base = FrozenBase(tiny_base("llama"))
+    site = f"model.layers.1.{name}"
+    delta = output_scale(torch.rand(base.sites.shapes[site].outputs) + 0.5)
+    rows = tuple(Rows(block.contiguous(), 0, len(block)) for block in delta.blocks)
+    ids = torch.arange(8)
+
+    def logits(count: int) -> Tensor:
+        plan = {site: [[Segment(slice(0, count), delta.kind, rows, is_each=False)]]}
+        return base.forward(base.embed(ids[:count]), ids[:count], Mixing(), plan, ids[:count])
+
+    changed = logits(8)
+    plain = base.forward(base.embed(ids), ids, Mixing(), {}, ids)
+    assert float((changed - plain).abs().max()) > 0.01
+    torch.testing.assert_close(logits(2), changed[:2], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_token_that_is_not_finite_hurts_no_other() -> None:
+    base = FrozenBase(tiny_base("llama"))
+    embedded = base.embed(torch.arange(MOST_TOKENS)).clone()
+    embedded[1] = torch.nan
+    every = torch.arange(MOST_TOKENS)
+    logits = base.forward(embedded, every, Mixing(), {}, every)
+    assert logits.isfinite().all(-1).tolist() == [index != 1 for index in range(MOST_TOKENS)]
+
+
+def _scaled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def changed(hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+        return forward(hidden, *others, **named) + hidden * 1e-3
+
+    return changed
+
+
+def _without_angles(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def changed(hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+        cos, sin = named.pop("position_embeddings")
+        return forward(hidden, *others, position_embeddings=(torch.ones_like(cos), torch.zeros_like(sin)), **named)
+
+    return changed
+
+
+@pytest.mark.parametrize("change", [_scaled, _without_angles])
+@torch.inference_mode()
+def test_a_layer_that_only_looks_alike_keeps_its_own_forward(
+    change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+) -> None:
+    model = tiny_base("llama")
+    layers: Any = model.model.layers
+    layers[0].forward = change(layers[0].forward)
+    assert FrozenBase(model).short_layers == ["model.layers.1"]
+
+
+@torch.inference_mode()
+def test_an_activation_without_a_kernel_keeps_the_class_s_own() -> None:
+    model = tiny_base("llama")
+    layers: Any = model.model.layers
+    layers[1].mlp.act_fn = nn.Tanh()
+    assert FrozenBase(model).short_layers == ["model.layers.0"]

@@ -1,0 +1,143 @@
+"""Products of few tokens by a program equal torch's; what is not laid out for it keeps torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from server.model import products
+from server.model.short_kernels import MOST_TOKENS
+from server.model.short_steps import ShortSteps
+
+ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
+    ("swish", ""): functional.silu,
+    ("gelu", "tanh"): lambda x: functional.gelu(x, approximate="tanh"),
+    ("gelu", "none"): functional.gelu,
+    ("relu", ""): functional.relu,
+}
+WIDTHS = [(16, 64), (48, 200), (384, 70), (1024, 5)]  # of input and output: whole blocks of 64, others, less than one
+TOKENS = range(1, MOST_TOKENS + 1)
+
+
+class _Own:
+    """torch's own product, until it is forbidden."""
+
+    def __init__(self, product: products.Product) -> None:
+        self.product = product
+        self.is_allowed = True
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        assert self.is_allowed, "torch's own product ran"
+        return self.product(inputs)
+
+
+class _Packed:
+    """A module with a packed weight, and the answer that it must give."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
+        torch.manual_seed(inputs + outputs)
+        self.module = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+        self.weight = self.module.weight.clone()
+        self.product = products.pack(self.module)
+
+    def expected(self, inputs: Tensor) -> Tensor:
+        bias = self.module.bias
+        answer = inputs.double() @ self.weight.double().t() + (0 if bias is None else bias.double())
+        return answer.float()
+
+
+def _short(packed: _Packed) -> products.Product:
+    """The product of few tokens, which must not ask torch once it is there."""
+    own = _Own(packed.product)
+    short = ShortSteps().product(packed.module, own)
+    own.is_allowed = False
+    return short
+
+
+def _near(given: Tensor, expected: Tensor) -> None:
+    assert given.shape == expected.shape
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * float(expected.norm()))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@torch.inference_mode()
+def test_a_product_of_few_tokens_is_torch_s(widths: tuple[int, int], bias: bool) -> None:
+    packed = _Packed(*widths, bias=bias)
+    short = _short(packed)
+    for tokens in TOKENS:
+        inputs = torch.randn(1, tokens, widths[0])
+        _near(short(inputs), packed.expected(inputs))
+        _near(short(inputs[0]), packed.expected(inputs[0]))
+
+
+@torch.inference_mode()
+def test_inputs_may_lie_in_any_order() -> None:
+    packed = _Packed(48, 200)
+    inputs = torch.randn(48, 3).t()
+    _near(_short(packed)(inputs), packed.expected(inputs))
+
+
+@pytest.mark.parametrize("tokens", [0, MOST_TOKENS + 1, 300])
+@torch.inference_mode()
+def test_no_tokens_and_many_are_torch_s_own(tokens: int) -> None:
+    packed = _Packed(48, 200)
+    inputs = torch.randn(1, tokens, 48)
+    with pytest.raises(AssertionError, match="torch's own product ran"):
+        _short(packed)(inputs)
+    _near(ShortSteps().product(packed.module, packed.product)(inputs), packed.expected(inputs))
+
+
+@pytest.mark.parametrize("widths", [(20, 64), (7, 64)], ids=str)
+@torch.inference_mode()
+def test_a_weight_that_is_laid_out_otherwise_keeps_torch_s_own_product(widths: tuple[int, int]) -> None:
+    packed = _Packed(*widths)
+    assert ShortSteps().product(packed.module, packed.product) is packed.product
+
+
+@torch.inference_mode()
+def test_what_gives_another_answer_is_not_used() -> None:
+    packed = _Packed(48, 200)
+
+    def other(inputs: Tensor) -> Tensor:
+        return packed.product(inputs) * 1.0001
+
+    assert ShortSteps().product(packed.module, other) is other
+
+
+@torch.inference_mode()
+def test_a_token_that_is_not_finite_hurts_no_other() -> None:
+    inputs = torch.randn(MOST_TOKENS, 384)
+    inputs[1, 7], inputs[2, 9] = torch.nan, torch.inf
+    finite = _short(_Packed(384, 70))(inputs).isfinite().all(-1)
+    assert finite.tolist() == [True, False, False, True]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@torch.inference_mode()
+def test_gated_products_of_few_tokens_are_torch_s(activation: tuple[str, str], widths: tuple[int, int]) -> None:
+    gate, up = _Packed(*widths), _Packed(*widths, bias=False)
+
+    def expected(inputs: Tensor) -> Tensor:
+        return ACTIVATIONS[activation](gate.expected(inputs)) * up.expected(inputs)
+
+    own = _Own(expected)
+    gated = ShortSteps().gated(gate.module, up.module, activation, own)
+    own.is_allowed = False
+    for tokens in TOKENS:
+        inputs = 3 * torch.randn(1, tokens, widths[0])
+        _near(gated(inputs), expected(inputs))
+
+
+@torch.inference_mode()
+def test_gated_products_of_unequal_widths_keep_torch_s_own() -> None:
+    gate, up = _Packed(48, 200), _Packed(48, 136)
+    own = _Own(gate.product)
+    assert ShortSteps().gated(gate.module, up.module, ("relu", ""), own) is own
