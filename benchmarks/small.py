@@ -46,6 +46,7 @@ from server.engine.runner import Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.model import FrozenBase, PagedAttention, products
+from server.model.short_kernels import MOST_TOKENS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -188,7 +189,7 @@ def _report(
 @app.command()
 def main(
     size: Size = SIZES["small"],
-    rows: Annotated[int, typer.Option(min=1, help="rows of a step")] = 64,
+    rows: Annotated[int, typer.Option(min=MOST_TOKENS + 1, help="rows of a step, more than run by programs")] = 64,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a row")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="decode steps of each measurement")] = 32,
     rounds: Rounds = 5,

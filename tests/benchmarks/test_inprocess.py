@@ -19,6 +19,7 @@ from benchmarks.small import clocks, timed
 from benchmarks.workload import Job, Task, Workload
 from server.engine.runner import Runner
 from server.model import FrozenBase, PagedAttention, products
+from server.model.short_kernels import MOST_TOKENS
 
 WORKLOAD = Workload(SIZES["tiny"], requests=4, prompt_tokens=8, new_tokens=4, virtual_tokens=4, tasks=1)
 
@@ -67,7 +68,7 @@ def test_clocks_are_taken_off_again_and_parts_fit_into_the_step() -> None:
     with clocks() as spent:
         base = FrozenBase(random_base(WORKLOAD.size, 64))
         with open_engine(base, engine_limits(32)) as engine:
-            parts = timed(engine, 2, WORKLOAD, random.Random(0), spent)
+            parts = timed(engine, MOST_TOKENS + 1, WORKLOAD, random.Random(0), spent)
     assert (Runner.run, PagedAttention.attend, products.pack) == own
     assert parts.parts["attention"] > 0
     assert parts.parts["products"] > 0

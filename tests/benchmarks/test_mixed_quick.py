@@ -21,7 +21,7 @@ from benchmarks.peft_peer import PeftPeer
 from benchmarks.workload import Task, Workload
 
 RATE = r"\d+\.\d"
-AFTER_TEXT = "base after 32 tokens of cached text"
+AFTER_TEXT = "base after 4 cached texts of 32 tokens"
 CACHED = {  # of 8 requests, by row: virtual tokens / text of the row and of what it is compared with
     BASE: ("0 / 0", "–"),
     AFTER_TEXT: ("0 / 256", "0 / 0"),
