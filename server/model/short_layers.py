@@ -69,6 +69,10 @@ class _ShortLayer:
         self._epsilons = {name: epsilon for name, (_, epsilon) in parts.norms.items()}
         inner, width = widths(parts.products["down_proj"])
         self._projected = {name: short.buffer(name, widths(parts.products[f"{name}_proj"])[1]) for name in "qkv"}
+        self._heads = [
+            [buffer[:tokens].view(tokens, -1, call.head_dim) for buffer in self._projected.values()]
+            for tokens in range(1, MOST_TOKENS + 1)
+        ]
         normed, middle = (short.buffer(name, width) for name in ("normed", "middle"))
         gated = short.buffer("gated", inner)
         before = self._projections(parts, normed)
@@ -113,7 +117,7 @@ class _ShortLayer:
         call, tokens = self._call, hidden.shape[1]
         hidden = hidden.contiguous()
         self._before.run(tokens, hidden=hidden, cos=cos.contiguous(), sin=sin.contiguous())
-        query, key, value = (each[:tokens].view(tokens, -1, call.head_dim) for each in self._projected.values())
+        query, key, value = self._heads[tokens - 1]
         attended = attention.attend(call.layer, query, key, value, call.options).contiguous()
         outputs = torch.empty_like(hidden)
         self._behind.run(tokens, attended=attended, hidden=hidden, outputs=outputs)

@@ -46,30 +46,36 @@ class Program:
         """`given`: of each tensor of a call, by name, the operations and their fields that take its address."""
         self._threads = threads
         self._operations = operations  # they keep the tensors
-        self._calls = [_calls(operations, tokens, threads.barrier) for tokens in range(1, MOST_TOKENS + 1)]
-        self._given = given
+        self._calls = [_Calls(operations, given, tokens, threads.barrier) for tokens in range(1, MOST_TOKENS + 1)]
 
     def run(self, tokens: int, **tensors: Tensor) -> None:
         """For so many tokens; contiguous tensors by name, which the caller keeps."""
         calls = self._calls[tokens - 1]
-        calls["taken"] = 0
+        calls.taken.fill(0)
         for name, tensor in tensors.items():
-            for place, field in self._given[name]:
-                calls[place][field] = tensor.data_ptr()
-        self._threads.run(run_all, calls.ctypes.data, _PIECES)
+            at = tensor.data_ptr()
+            for field, place in calls.given[name]:
+                field[place] = at
+        self._threads.run(run_all, calls.address, _PIECES)
 
 
-def _calls(operations: list[Fields], tokens: int, barrier: int) -> np.ndarray[Any, Any]:
-    """Their records. All threads meet behind an operation unless it says that nobody waits for it."""
-    calls = np.zeros(len(operations), OPERATION)
-    for place, operation in enumerate(operations):
-        call = calls[place]
-        call["tokens"], call["rest"], call["barrier"], call["heads"] = tokens, len(operations) - 1 - place, barrier, 1
-        for name, value in operation.items():
-            call[name] = address(value) if isinstance(value, Tensor) else value
-        by_token = {NORM: tokens * call["heads"], ROTATION: tokens}
-        call["units"] = by_token.get(int(call["kind"]), -(-call["output_width"] // BLOCK))
-    return calls
+class _Calls:
+    """A program's records for one number of tokens. All threads meet behind an operation unless it says otherwise."""
+
+    def __init__(
+        self, operations: list[Fields], given: dict[str, list[tuple[int, str]]], tokens: int, barrier: int
+    ) -> None:
+        records = np.zeros(len(operations), OPERATION)
+        records["tokens"], records["barrier"], records["heads"] = tokens, barrier, 1
+        records["rest"] = np.arange(len(operations))[::-1]
+        for record, operation in zip(records, operations, strict=True):
+            for name, value in operation.items():
+                record[name] = address(value) if isinstance(value, Tensor) else value
+            by_token = {NORM: tokens * record["heads"], ROTATION: tokens}
+            record["units"] = by_token.get(int(record["kind"]), -(-record["output_width"] // BLOCK))
+        self.taken: np.ndarray[Any, Any] = records["taken"]  # this and the next are views: their writing is quick
+        self.given = {name: [(records[field], place) for place, field in places] for name, places in given.items()}
+        self.address = records.ctypes.data
 
 
 class ShortSteps:
