@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Sampler:
     @torch.inference_mode()
     def choose(self, sequences: list[Sequence], logits: Tensor) -> list[Choice]:
         """Choose for each sequence from its row of `logits` `[rows, vocabulary]`, float32, which is overwritten."""
-        finite = _finite(logits)
+        tokens, finite = _best(logits)
         reported = [
             log_probabilities(row, sequence.sampling.logprobs)
             if ok and sequence.sampling.logprobs is not None
@@ -50,14 +51,15 @@ class Sampler:
         for index in asking:
             self._adjust(sequences[index], logits[index])
         if asking:
-            finite = _finite(logits)  # extreme penalties may leave the range too
-        tokens = _best(logits)
+            tokens, finite = _best(logits)  # extreme penalties may leave the range too
         drawn = [index for index, ok in enumerate(finite) if ok and sequences[index].sampling.temperature > 0]
         if drawn:
-            tokens[drawn] = _draw([sequences[index] for index in drawn], logits[drawn])
+            by_chance = _draw([sequences[index] for index in drawn], logits[drawn])
+            for index, token in zip(drawn, by_chance.tolist(), strict=True):
+                tokens[index] = token
         return [
             Choice(token, None if table is None else table.of(token)) if ok else Choice(None, None)
-            for ok, token, table in zip(finite, tokens.tolist(), reported, strict=True)
+            for ok, token, table in zip(finite, tokens, reported, strict=True)
         ]
 
     def _adjust(self, sequence: Sequence, row: Tensor) -> None:
@@ -79,17 +81,14 @@ class Sampler:
             row[list(counts)] -= sampling.presence_penalty + sampling.frequency_penalty * frequency
 
 
-def _finite(logits: Tensor) -> list[bool]:
-    """Of each row."""
-    finite: list[bool] = torch.isfinite(logits.amax(-1)).tolist()  # NaN anywhere makes the maximum NaN
-    return finite
-
-
-def _best(logits: Tensor) -> Tensor:
-    """Of each row the first of its largest."""
+def _best(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row the first of its largest, and whether that is finite; NaN counts as larger than everything."""
     if logits.device.type == "cpu":  # in a quarter of the time of torch's own, or less
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.argmax(-1)
+        values = logits.numpy()
+        best = values.argmax(-1)
+        return best.tolist(), np.isfinite(values[np.arange(len(best)), best]).tolist()
+    largest, tokens = logits.max(-1)
+    return tokens.tolist(), largest.isfinite().tolist()
 
 
 def _is_adjusted(sequence: Sequence) -> bool:

@@ -239,7 +239,7 @@ class FrozenBase:
                 inputs_embeds=embeddings[None],
                 position_ids=positions[None],
                 use_cache=False,
-                logits_to_keep=logit_tokens,
+                logits_to_keep=0 if len(logit_tokens) == len(positions) else logit_tokens,  # 0: all, without a copy
                 medley_attention=self.sites.attending(attention),
             )
         logits: Tensor = output.logits[0]
