@@ -5,9 +5,16 @@ below that, one node for each full page of text. A node's key is its stack's dig
 path to a node says exactly what its pages hold, and two texts never share a page by a hash's accident.
 
 Whoever refers to a node refers to all above it. A node that nobody refers to is idle: its pages stay until others are
-short of pages, least recently used first. Idle nodes are kept in the order in which they became idle. A sequence lets
-go of its last page first, so a node always stands behind those below it: the first idle node is a leaf, and no
-search is needed to find the one to give up.
+short of pages. Idle nodes stand in two lines (segmented LRU: Karedla, Love, Wherry, "Caching Strategies to Improve Disk
+System Performance", IEEE Computer 1994), each in the order in which they became idle: those asked for once, and the
+proven ones, which somebody has asked for again. Virtual tokens are proven from the start, for every request of their
+stack begins with them. Pages are given up from the first line; of the second, what is more than half of all
+idle pages goes over to the end of the first. So texts that come once do not drive out what many begin with, and what
+was proven long ago leaves too.
+
+A sequence lets go of its last page first, and who asks for a node asks for all above it: in its line a node stands
+behind those below it, and what stands below one in the first line is there too. So the first one there is a leaf, and
+no search is needed to find the one to give up.
 """
 
 from __future__ import annotations
@@ -17,6 +24,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from server.engine.pages import PagePool
+
+_PROVEN_SHARE = 1 / 2  # of the idle pages, at most: the others are how long what came once has to be asked for again
 
 
 @dataclass(eq=False)
@@ -28,6 +37,7 @@ class CachedPages:
     parent: CachedPages | None  # None: the root
     children: dict[Hashable, CachedPages] = field(default_factory=dict, repr=False)
     holders: int = 1  # who refers to it
+    is_proven: bool = False  # which line it stands in when nobody does
 
 
 class PageCache:
@@ -36,9 +46,11 @@ class PageCache:
     def __init__(self, pool: PagePool) -> None:
         """Take pages from, and give them back to, `pool`."""
         self._pool = pool
-        self._idle: OrderedDict[CachedPages, None] = OrderedDict()  # the next to be given up first
+        self._once: OrderedDict[CachedPages, None] = OrderedDict()  # idle; the next to be given up first
+        self._proven: OrderedDict[CachedPages, None] = OrderedDict()  # idle; the next to go over first
         self.root = CachedPages(None, [], None)
         self.num_idle = 0  # pages of idle nodes
+        self._num_proven = 0  # of those, proven ones'
 
     @property
     def available(self) -> int:
@@ -48,7 +60,8 @@ class PageCache:
     def take(self, count: int) -> list[int]:
         """Hand out pages, reclaiming idle ones if need be; the caller has seen that there are enough."""
         while self._pool.free < count:
-            self._remove(next(iter(self._idle)))
+            self._limit_proven()
+            self._remove(next(iter(self._once)))
         return self._pool.take(count)
 
     def give(self, pages: Iterable[int]) -> None:
@@ -60,13 +73,14 @@ class PageCache:
         assert node.parent is not None
         assert node.key not in node.parent.children, "one node for one content"
         node.parent.children[node.key] = node
+        node.is_proven = node.parent is self.root and bool(node.pages)
 
     def hold(self, node: CachedPages) -> None:
         """One more refers to a node; it refers to all above it as well."""
         if not node.holders:
-            del self._idle[node]
-            self.num_idle -= len(node.pages)
+            self._leave_line(node)
         node.holders += 1
+        node.is_proven = True
 
     def release(self, node: CachedPages, *, keep: bool = True) -> None:
         """One less refers to a node; whoever lets go of several starts at the lowest.
@@ -75,16 +89,41 @@ class PageCache:
         """
         node.holders -= 1
         if not node.holders:
-            self._idle[node] = None
-            self.num_idle += len(node.pages)
+            self._join_line(node)
             if not node.children and not (keep and node.pages):
                 self._remove(node)
 
-    def _remove(self, node: CachedPages) -> None:
-        """Forget an idle leaf; its pages are free."""
-        assert node.parent is not None
-        assert not node.children, "leaves go first"
-        del self._idle[node]
-        del node.parent.children[node.key]
+    def _limit_proven(self) -> None:
+        """Let proven nodes go over to the first line, as if just used, until they keep to their share."""
+        while self._num_proven > _PROVEN_SHARE * self.num_idle:
+            node = next(iter(self._proven))
+            self._leave_line(node)
+            node.is_proven = False
+            self._join_line(node)
+
+    def _join_line(self, node: CachedPages) -> None:
+        self.num_idle += len(node.pages)
+        if node.is_proven:
+            self._proven[node] = None
+            self._num_proven += len(node.pages)
+        else:
+            self._once[node] = None
+
+    def _leave_line(self, node: CachedPages) -> None:
         self.num_idle -= len(node.pages)
+        if node.is_proven:
+            del self._proven[node]
+            self._num_proven -= len(node.pages)
+        else:
+            del self._once[node]
+
+    def _remove(self, node: CachedPages) -> None:
+        """Forget an idle leaf; its pages are free. A node above that has none goes with its last leaf."""
+        parent = node.parent
+        assert parent is not None
+        assert not node.children, "leaves go first"
+        self._leave_line(node)
+        del parent.children[node.key]
         self._pool.give(node.pages)
+        if not (parent.holders or parent.children or parent.pages):
+            self._remove(parent)

@@ -27,6 +27,12 @@ def _finish(world: World, sequence: Sequence, tokens: tuple[int, ...] = ()) -> N
     world.check_ownership()
 
 
+def _run_alone(world: World, sequence: Sequence) -> None:
+    """From its start to its first token, which is its last."""
+    _start(world, sequence)
+    _finish(world, sequence, (7,))
+
+
 def _sequence(name: str, text: tuple[int, ...], stack: tuple[int, ...] = (), *, scored: bool = False) -> Sequence:
     return Arrival(0, text, 20, Stack(stack), scored_from=0 if scored else None).sequence(name)
 
@@ -173,12 +179,39 @@ def test_the_least_recently_used_leaf_goes_first_and_no_page_before_those_behind
     for node in reversed(texts["xy"]):
         cache.release(node)
     assert cache.available == 7
-    gone = []
-    for _ in range(7):
-        cache.take(1)
-        gone.append(sorted(set("abcdxy") - {str(node.key) for node in _below(cache.root)}))
-    expected = ["", "c", "cd", "bcd", "abcd", "abcdy", "abcdxy"]
-    assert gone == [sorted(text) for text in expected]
+    assert _gone(cache, "abcdxy") == ["", "c", "cd", "bcd", "abcd", "abcdy", "abcdxy"]
+
+
+def test_what_was_asked_for_again_outlasts_what_came_once_and_virtual_tokens_do_from_the_start() -> None:
+    world = make_world(17, 4, 1, 40)  # 16 pages
+    chat = own_text(1, 9)
+    _run_alone(world, _sequence("task", (1,), (4,)))  # a page of virtual tokens
+    _run_alone(world, _sequence("turn", chat))
+    _run_alone(world, _sequence("next turn", (*chat, 5)))  # asks for two pages again
+    for index in range(20):
+        _run_alone(world, _sequence(str(index), own_text(index + 2, 13)))  # a flood of texts, three pages each
+    task = _sequence("task again", (2,), (4,))
+    assert _computed(_start(world, task)) == {"task again": 1}
+    assert task.num_cached_virtual == 4
+    _finish(world, task)
+    assert _computed(_start(world, _sequence("third turn", (*chat, 6)))) == {"third turn": 2}
+
+
+def test_proven_pages_beyond_their_share_go_over_least_recently_used_first() -> None:
+    cache = PageCache(PagePool(9, 4))
+    for text in ("abc", "xy", "mno", "abc", "xy"):  # eight pages, the first five of them asked for again
+        for node in reversed(_add(cache, text)):
+            cache.release(node)
+    # c goes over behind m, as of eight idle pages four may stay proven; of six three, so b goes over behind c; …
+    assert _gone(cache, "abcmnoxy") == ["o", "no", "mno", "cmno", "bcmno", "abcmno", "abcmnoy", "abcmnoxy"]
+
+
+def test_a_stack_that_was_asked_for_again_goes_with_its_last_text() -> None:
+    world = make_world(6, 4, 1, 40)  # 5 pages
+    for name in range(3):
+        _run_alone(world, _sequence(str(name), own_text(name, 5)))
+    _start(world, _sequence("all", own_text(9, 15), (4,)))  # five pages
+    assert list(world.scheduler.cache.root.children) == [("", "(4,)/0")]
 
 
 def _add(cache: PageCache, text: str) -> list[CachedPages]:
@@ -193,6 +226,15 @@ def _add(cache: PageCache, text: str) -> list[CachedPages]:
             cache.hold(node)
         nodes.append(node)
     return nodes[1:]
+
+
+def _gone(cache: PageCache, texts: str) -> list[str]:
+    """Which of the letters have left, in order, after each page that is taken."""
+    gone = []
+    for _ in range(cache.available):
+        cache.take(1)
+        gone.append("".join(sorted(set(texts) - {str(node.key) for node in _below(cache.root)})))
+    return gone
 
 
 def _below(node: CachedPages) -> list[CachedPages]:

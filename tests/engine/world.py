@@ -119,14 +119,16 @@ class World:
         for node in nodes:
             holding = [run for run in self.scheduler.running if node in (run.prefix, run.tail, *run.text_nodes)]
             assert node.holders == len(holding)
-            assert node.holders or node in cache._idle
+            assert node.holders or node in (cache._proven if node.is_proven else cache._once)
+            assert node.pages or node.children or node.holders, "a stack's node that is of no use stays"
             assert node.parent is not None
             assert node.parent.children[node.key] is node
-        order = list(cache._idle)
+        order = [*cache._once, *cache._proven]
         assert all(not node.holders for node in order)
         places = {node: place for place, node in enumerate(order)}
         assert all(places[child] < places[node] for node in order for child in node.children.values())
         assert cache.num_idle == sum(len(node.pages) for node in order)
+        assert cache._num_proven == sum(len(node.pages) for node in cache._proven)
         for sequence in self.scheduler.waiting:
             assert not sequence.block_table
             assert not sequence.text_nodes
