@@ -7,10 +7,10 @@ path to a node says exactly what its pages hold, and two texts never share a pag
 Whoever refers to a node refers to all above it. A node that nobody refers to is idle: its pages stay until others are
 short of pages. Idle nodes stand in two lines (segmented LRU: Karedla, Love, Wherry, "Caching Strategies to Improve Disk
 System Performance", IEEE Computer 1994), each in the order in which they became idle: those asked for once, and the
-proven ones, which somebody has asked for again. Virtual tokens are proven from the start, for every request of their
-stack begins with them. Pages are given up from the first line; of the second, what is more than half of all
-idle pages goes over to the end of the first. So texts that come once do not drive out what many begin with, and what
-was proven long ago leaves too.
+proven ones, which another sequence has asked for again. Virtual tokens are proven from the start, for every request of
+their stack begins with them. Pages are given up from the first line; of the second, what is more than half of all idle
+pages goes over to the end of the first. So texts that come once do not drive out what many begin with, and what was
+proven long ago leaves too.
 
 A sequence lets go of its last page first, and who asks for a node asks for all above it: in its line a node stands
 behind those below it, and what stands below one in the first line is there too. So the first one there is a leaf, and
@@ -80,7 +80,12 @@ class PageCache:
         if not node.holders:
             self._leave_line(node)
         node.holders += 1
-        node.is_proven = True
+
+    def prove(self, nodes: Iterable[CachedPages]) -> None:
+        """Somebody new asks for these nodes, from a stack's on downwards, and holds them."""
+        for node in nodes:
+            assert node.holders, "what is idle stands in a line"
+            node.is_proven = True
 
     def release(self, node: CachedPages, *, keep: bool = True) -> None:
         """One less refers to a node; whoever lets go of several starts at the lowest.

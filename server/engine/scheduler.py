@@ -294,6 +294,7 @@ class Scheduler:
         elif sequence.num_prefix % size:
             step.page_copies.append(PageCopy(sequence, prefix.pages[num_shared], own[0]))
         if sequence.num_cached_text is None:
+            self.cache.prove([prefix, *sequence.text_nodes, *([sequence.tail] if sequence.tail else [])])
             sequence.num_cached_text = sequence.num_computed - sequence.num_prefix
             step.num_prompt_tokens += sequence.num_prompt
             step.num_cached_tokens += sequence.num_cached

@@ -6,6 +6,7 @@ A forward pass takes one packed step: embeddings `[num_tokens, hidden]` with exp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from server.model.sites import SiteKind, Sites, SiteShape
 
 if TYPE_CHECKING:
     from server.model.short_steps import ShortSteps
+
+logger = logging.getLogger("medley.model")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -127,11 +130,13 @@ class FrozenBase:
         """Once all their sites are known; the names of those for which it is possible."""
         from server.model.short_layers import shorten_layers  # noqa: PLC0415 - imports compiled kernels
 
-        def run(tokens: int, attention: Attention) -> None:
-            ids = torch.arange(tokens) % self.vocab_size
-            self.forward(self.embed(ids), ids + 1, attention, {}, ids[:1])
+        def run(positions: Tensor, attention: Attention) -> None:
+            ids = torch.arange(len(positions)) % self.vocab_size
+            self.forward(self.embed(ids), positions, attention, {}, ids[:1])
 
-        return list(shorten_layers(self.model, self.sites, short, run))
+        names = list(shorten_layers(self.model, self.sites, short, run, self.max_model_len))
+        logger.info("steps of few tokens: %d of %d layers in two calls", len(names), len(self.layers))
+        return names
 
     @classmethod
     def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:

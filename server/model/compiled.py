@@ -5,10 +5,11 @@ They run on the threads of the GNU OpenMP that torch has loaded, by `GOMP_parall
 manual). Threads of our own would share their cores with those, which go on spinning between two of torch's operations:
 measured on two cores, attention of a step took 34 ms so in place of 20.
 
-What numba keeps it compiles anew when the file of the kernel has changed, not when this one has: after an edit here
-remove the `*.nbi` files.
+What numba keeps it compiles anew when the file of the kernel has changed, not when another one has whose functions the
+kernel calls: after an edit of such a function remove the `*.nbi` files.
 
-A kernel's arguments are a record whose first field, `taken`, counts the units of work that threads have taken.
+A kernel's arguments are a record, or several, whose first field, `taken`, counts the units of work that threads have
+taken.
 """
 
 from __future__ import annotations

@@ -14,14 +14,21 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from server.model.attention import AttentionOptions, DecodeGroup
-from server.model.compiled import COMPILED, TorchThreads, floats, integers, prefetch, take_unit
+from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup
+from server.model.compiled import COMPILED, TorchThreads, call_at, floats, integers, prefetch, take_unit
 
 _FIELDS = (
     "taken",  # shares of rows
+    "written",  # tokens
+    "count",  # of tokens to be written
+    "slots",  # where each goes; this and every other field that is named as a tensor: its address
+    "new_keys",
+    "new_values",
+    "barrier",  # address of the function in which all threads wait for each other
     "rows",
     "shares",  # of a row's KV heads
     "num_tokens",
@@ -32,7 +39,7 @@ _FIELDS = (
     "num_pages",
     "table_width",
     "window",  # 0: none
-    "query",  # this and every other field that is named as a tensor: its address
+    "query",
     "keys",
     "values",
     "tables",
@@ -45,6 +52,7 @@ _FIELDS = (
 )
 _RECORD = Struct(f"{len(_FIELDS) - 2}q2f")
 _CALL = np.dtype([(name, np.int64) for name in _FIELDS[:-2]] + [(name, np.float32) for name in _FIELDS[-2:]])
+_WRITTEN = 8 * _FIELDS.index("written")  # bytes from the record's beginning
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _LINE = 16  # numbers of a cache line
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
@@ -102,10 +110,30 @@ def _add_values(first: int, stop: int, weights: Any, values: Any, ahead: Any, ou
                     output[head, at] += weight * values[token, kv_head, at]
 
 
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def _write(call: Any, counter: Any) -> None:
+    """The step's keys and values into their slots."""
+    count, width = call.count, call.kv_heads * call.head_dim
+    slots = carray(integers(call.slots), count)
+    keys, values = carray(floats(call.new_keys), (count, width)), carray(floats(call.new_values), (count, width))
+    token = take_unit(counter)
+    while token < count:
+        place = 4 * width * slots[token]
+        key, value = carray(floats(call.keys + place), width), carray(floats(call.values + place), width)
+        for at in range(width):
+            key[at] = keys[token, at]
+        for at in range(width):
+            value[at] = values[token, at]
+        token = take_unit(counter)
+
+
 @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _attend(pointer: Any) -> None:
-    """What each thread runs: shares of rows, as long as there are any."""
-    call = carray(pointer, 1)[0]
+def _write_and_attend(pointer: Any) -> None:
+    """What each thread runs: tokens to be written, and when all are, shares of rows, as long as there are any."""
+    calls = carray(pointer, 1)
+    call = calls[0]
+    _write(call, integers(calls.ctypes.data + _WRITTEN))
+    call_at(call.barrier)
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
     repeats = heads // call.kv_heads
     page_bytes = 4 * size * call.kv_heads * head_dim
@@ -146,27 +174,8 @@ def _attend(pointer: Any) -> None:
         share = take_unit(pointer)
 
 
-_WRITE_FIELDS = ("taken", "count", "width", "slots", "keys", "values", "key_slots", "value_slots")
-_WRITE_RECORD = Struct(f"{len(_WRITE_FIELDS)}q")
-_WRITE_POINTER = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _WRITE_FIELDS])))
-
-
-@cfunc(types.void(_WRITE_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _write(pointer: Any) -> None:
-    """What each thread runs: tokens' keys and values into their slots."""
-    call = carray(pointer, 1)[0]
-    count, width = call.count, call.width
-    slots = carray(integers(call.slots), count)
-    keys, values = carray(floats(call.keys), (count, width)), carray(floats(call.values), (count, width))
-    token = take_unit(pointer)
-    while token < count:
-        place = 4 * width * slots[token]
-        key, value = carray(floats(call.key_slots + place), width), carray(floats(call.value_slots + place), width)
-        for at in range(width):
-            key[at] = keys[token, at]
-        for at in range(width):
-            value[at] = values[token, at]
-        token = take_unit(pointer)
+# Of a step without rows that decode, whose keys and values are to be written too.
+_NOBODY = DecodeGroup(0, 0, torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long))
 
 
 class DecodeKernel:
@@ -180,61 +189,58 @@ class DecodeKernel:
 
     def __call__(
         self,
-        query: Tensor,
         pages: Tensor,
-        group: DecodeGroup,
-        tokens: Tensor,
+        plan: AttentionPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         options: AttentionOptions,
         output: Tensor,
     ) -> None:
-        """Fill the group's rows of `output`; of the step's decode rows `tokens` says where they are in it.
+        """Write the step's keys and values, as `KVCache.write` does, and fill the rows of `output` that decode.
 
-        `query` and `output` `[num_tokens, heads, head_dim]`, the latter contiguous; `pages` is a layer of the cache,
-        `[2, pages, page_size, kv_heads, head_dim]`; all float32 on the CPU.
+        `pages` is a layer of the cache, `[2, pages, page_size, kv_heads, head_dim]`; the others are as in `Attention`,
+        `output` contiguous; all float32 on the CPU.
         """
         num_tokens, heads, head_dim = query.shape
         _, num_pages, page_size, kv_heads, _ = pages.shape
-        query, sinks = query.contiguous(), options.sinks
-        tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
-        rows, table_width = tables.shape
-        shares = 1 if rows >= _MANY_ROWS else kv_heads
-        keys, values = _addresses(pages)
-        _RECORD.pack_into(
-            self._call,
-            0,
-            0,
-            rows,
-            shares,
-            num_tokens,
-            heads,
-            kv_heads,
-            head_dim,
-            page_size,
-            num_pages,
-            table_width,
-            options.sliding_window or 0,
-            query.data_ptr(),
-            keys,
-            values,
-            tables.data_ptr(),
-            lengths.data_ptr(),
-            tokens.data_ptr() + group.start * tokens.itemsize,
-            output.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(),
-            head_dim**-0.5 if options.scaling is None else options.scaling,
-            options.softcap or 0,
-        )
-        self._threads.run(_attend, self._address, rows * shares)
-
-    def write(self, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """`KVCache.write`, in one pass where torch's takes some microseconds for each token; `pages` as above."""
-        keys, values = keys.contiguous(), values.contiguous()
-        count, kv_heads, head_dim = keys.shape
-        addresses = slots.data_ptr(), keys.data_ptr(), values.data_ptr(), *_addresses(pages)
-        _WRITE_RECORD.pack_into(self._call, 0, 0, count, kv_heads * head_dim, *addresses)
-        self._threads.run(_write, self._address, count)
-
-
-def _addresses(pages: Tensor) -> tuple[int, int]:
-    """Of the keys and the values of a layer of the cache, which are one behind the other."""
-    return pages.data_ptr(), pages.data_ptr() + pages.stride(0) * pages.itemsize
+        new_keys, new_values = (each.contiguous() for each in plan.written(key, value))
+        query, slots, sinks = query.contiguous(), plan.slots, options.sinks
+        count = len(slots)
+        for group in plan.decode or [_NOBODY]:
+            tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
+            rows, table_width = tables.shape
+            shares = 1 if rows >= _MANY_ROWS else kv_heads
+            _RECORD.pack_into(
+                self._call,
+                0,
+                0,
+                0,
+                count,
+                slots.data_ptr(),
+                new_keys.data_ptr(),
+                new_values.data_ptr(),
+                self._threads.barrier,
+                rows,
+                shares,
+                num_tokens,
+                heads,
+                kv_heads,
+                head_dim,
+                page_size,
+                num_pages,
+                table_width,
+                options.sliding_window or 0,
+                query.data_ptr(),
+                pages.data_ptr(),
+                pages.data_ptr() + pages.stride(0) * pages.itemsize,
+                tables.data_ptr(),
+                lengths.data_ptr(),
+                plan.decode_tokens.data_ptr() + group.start * plan.decode_tokens.itemsize,
+                output.data_ptr(),
+                0 if sinks is None else sinks.data_ptr(),
+                head_dim**-0.5 if options.scaling is None else options.scaling,
+                options.softcap or 0,
+            )
+            self._threads.run(_write_and_attend, self._address, max(count, rows * shares))
+            count = 0  # they are there

@@ -35,10 +35,7 @@ class PagedAttention:
         plan = self.plan
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         if self.decode_kernel is not None:
-            pages = self.cache.layers[layer]
-            self.decode_kernel.write(pages, plan.slots, *plan.written(key, value))
-            for group in plan.decode:
-                self.decode_kernel(query, pages, group, plan.decode_tokens, options, output)
+            self.decode_kernel(self.cache.layers[layer], plan, query, key, value, options, output)
         else:
             self.cache.write(layer, plan.slots, *plan.written(key, value))
             if plan.decode:

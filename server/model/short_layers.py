@@ -1,12 +1,14 @@
 """Decoder layers of the usual form, in two calls for a short step: see `server.model.short_steps`.
 
 x → h = x + o(attention of norm(x)), h → h + down(f(gate(norm(h))) ⊙ up(norm(h))), with rotated queries and keys, which
-may have norms of their own. A layer is tried on what the base itself passes to it.
+may have norms of their own. A layer is tried on what the base itself passes to it at positions from the first to the
+last, and with norms that give less and more, so that neither an epsilon nor a bound on what follows them is missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +26,8 @@ from server.model.sites import Sites
 _PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 _HEAD_NORMS = _NORMS[2:]
-_MAGNITUDES = (1e-3, 1.0)  # of what a layer is tried on, so that what it adds is not lost beside it
+_TRIALS = ((1e-3, 1e-3), (1.0, 1.0), (1.0, 1e2))  # magnitudes of a layer's input, and factors on what its norms give
+_Run = Callable[[Tensor, Attention], Any]  # the base, at positions `[MOST_TOKENS]`
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class _Parts:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _AttentionCall:
     """How a layer calls the attention."""
 
     layer: int
@@ -50,22 +53,34 @@ class _Recorder:
     """An attention that is none: of each token by itself, from its query, key and value."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[_AttentionCall] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         _, heads, head_dim = query.shape
-        self.calls.append(_Call(layer, options, {"q": heads, "k": key.shape[1], "v": value.shape[1]}, head_dim))
+        self.calls.append(
+            _AttentionCall(layer, options, {"q": heads, "k": key.shape[1], "v": value.shape[1]}, head_dim)
+        )
         return query - (key + 2 * value).repeat_interleave(heads // key.shape[1], 1)
 
 
 class _ShortLayer:
     """One layer's two programs and what they pass to each other."""
 
-    def __init__(self, short: ShortSteps, parts: _Parts, call: _Call, rotary_width: int, offset: float) -> None:
-        """`offset` is what the class adds to a norm's weight."""
+    def __init__(
+        self,
+        short: ShortSteps,
+        parts: _Parts,
+        call: _AttentionCall,
+        rotary_width: int,
+        offset: float,
+        factor: float = 1.0,
+    ) -> None:
+        """`offset` is what the class adds to a norm's weight; for trials a factor on what norms give, but for heads."""
         self._call = call
         self._scales = {name: weight + offset if offset else weight for name, (weight, _) in parts.norms.items()}
+        if factor != 1:
+            self._scales |= {name: self._scales[name] * factor for name in _NORMS if name not in _HEAD_NORMS}
         self._epsilons = {name: epsilon for name, (_, epsilon) in parts.norms.items()}
         inner, width = widths(parts.products["down_proj"])
         self._projected = {name: short.buffer(name, widths(parts.products[f"{name}_proj"])[1]) for name in "qkv"}
@@ -129,13 +144,11 @@ def _between(inputs: Tensor, outputs: Tensor) -> Fields:
 
 
 @torch.inference_mode()
-def shorten_layers(
-    model: nn.Module, sites: Sites, short: ShortSteps, run: Callable[[int, Attention], Any]
-) -> Iterator[str]:
-    """Give the layers for which it is equal the form for short steps; their names. `run` the base, for a number of
-    tokens."""
+def shorten_layers(model: nn.Module, sites: Sites, short: ShortSteps, run: _Run, max_model_len: int) -> Iterator[str]:
+    """Give the layers for which it is equal the form for short steps; their names."""
     candidates = {name: parts for name, module in model.named_modules() if (parts := _parts(module, sites))}
-    passed = _passed(model, candidates, run)
+    positions = torch.linspace(1, max_model_len - 1, MOST_TOKENS).long()
+    passed = _passed(model, candidates, partial(run, positions))
     for name, parts in candidates.items():
         module = model.get_submodule(name)
         form = _equal_form(module, parts, short, *passed[name]) if name in passed else None
@@ -149,7 +162,7 @@ def _either(form: _ShortLayer, own: Callable[..., Any], sites: Sites, names: fro
     """A layer's forward: the form where it can be used."""
 
     def forward(hidden: Tensor, *others: Any, **named: Any) -> Any:
-        if hidden.shape[1] > MOST_TOKENS or sites.touches(names):
+        if not 0 < hidden.shape[1] <= MOST_TOKENS or sites.touches(names):
             return own(hidden, *others, **named)
         cos, sin = named["position_embeddings"]
         return form(hidden, cos, sin, named["medley_attention"])
@@ -171,15 +184,15 @@ def _parts(layer: nn.Module, sites: Sites) -> _Parts | None:
         norm = getattr(layer, name, getattr(attention, name, None))
         weight = getattr(norm, "weight", None)
         epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if isinstance(weight, Tensor) and isinstance(epsilon, float) and weight.is_contiguous():
-            norms[name] = weight.detach(), epsilon
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and isinstance(epsilon, float):
+            norms[name] = weight.detach().contiguous(), epsilon
     activation = known_activation(getattr(mlp, "act_fn", None))
     if activation is None or not norms.keys() >= set(_NORMS) - set(_HEAD_NORMS):
         return None
     return _Parts(found, norms, activation)
 
 
-def _fits(parts: _Parts, call: _Call, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether all widths are those of the usual form: what reads by address asks for no shape."""
     width, inner = hidden.shape[-1], widths(parts.products["gate_proj"])[1]
     usual = {name: (width, call.heads[name[0]] * call.head_dim) for name in _PRODUCTS[:3]}
@@ -190,12 +203,13 @@ def _fits(parts: _Parts, call: _Call, hidden: Tensor, cos: Tensor, sin: Tensor) 
     heads_fit = all(len(parts.norms[name][0]) == call.head_dim for name in _HEAD_NORMS if name in parts.norms)
     rotary = cos.shape[-1]
     angles_fit = cos.shape == sin.shape == (1, MOST_TOKENS, rotary) and rotary <= call.head_dim and rotary % 2 == 0
+    is_step = hidden.shape[:2] == (1, MOST_TOKENS) and hidden.dim() == 3
     is_float32 = all(each.dtype == torch.float32 for each in (hidden, cos, sin))
-    return products_fit and norms_fit and heads_fit and angles_fit and is_float32
+    return products_fit and norms_fit and heads_fit and angles_fit and is_step and is_float32
 
 
 def _passed(
-    model: nn.Module, names: Iterable[str], run: Callable[[int, Attention], Any]
+    model: nn.Module, names: Iterable[str], run: Callable[[Attention], Any]
 ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """What the base passes to each of these layers."""
     passed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -208,7 +222,7 @@ def _passed(
     ]
     try:
         if hooks:
-            run(MOST_TOKENS, _Recorder())
+            run(_Recorder())
     finally:
         for hook in hooks:
             hook.remove()
@@ -219,19 +233,48 @@ def _equal_form(
     module: nn.Module, parts: _Parts, short: ShortSteps, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> _ShortLayer | None:
     """The form of a layer that gives what its class gives, if one does."""
-    hidden, *others = arguments
-    angles = named.get("position_embeddings")
-    if not (isinstance(angles, tuple) and len(angles) == 2):
-        return None
+    match named.get("position_embeddings"):
+        case (Tensor() as cos, Tensor() as sin) if arguments:
+            pass
+        case _:
+            return None
     recorder = _Recorder()
-    trials = [hidden * scale for scale in _MAGNITUDES]
-    own = [module.forward(trial, *others, **{**named, "medley_attention": recorder}) for trial in trials]
-    call = recorder.calls[0]
-    if not all(isinstance(each, Tensor) for each in own) or not _fits(parts, call, hidden, *angles):
+    trials = [(arguments[0] * magnitude, factor) for magnitude, factor in _TRIALS]
+    own = []
+    for hidden, factor in trials:
+        with _scaled_norms(module, factor):
+            own.append(module.forward(hidden, *arguments[1:], **{**named, "medley_attention": recorder}))
+    is_usual = len(recorder.calls) == len(own) and all(isinstance(each, Tensor) for each in own)
+    if not is_usual or not _fits(parts, recorder.calls[0], arguments[0], cos, sin):
         return None
+
+    def gives_the_same(offset: float) -> bool:
+        for (hidden, factor), expected in zip(trials, own, strict=True):
+            form = _ShortLayer(short, parts, recorder.calls[0], cos.shape[-1], offset, factor)
+            added = form(hidden, cos, sin, recorder) - hidden
+            if not agree(added, expected - hidden, rounded_at=float(hidden.abs().max())):
+                return False
+        return True
+
     for offset in (0.0, 1.0):
-        form = _ShortLayer(short, parts, call, angles[0].shape[-1], offset)
-        given = [form(trial, *angles, recorder) for trial in trials]
-        if all(agree(one - trial, other - trial) for one, other, trial in zip(given, own, trials, strict=True)):
-            return form
+        if gives_the_same(offset):
+            return _ShortLayer(short, parts, recorder.calls[0], cos.shape[-1], offset)
     return None
+
+
+@contextmanager
+def _scaled_norms(layer: nn.Module, factor: float) -> Iterator[None]:
+    """Inside the block a layer's norms, those of heads left out, give so many times what they give."""
+    norms = [getattr(layer, name) for name in _NORMS if name not in _HEAD_NORMS]
+    forwards = [norm.forward for norm in norms]
+    for norm, forward in zip(norms, forwards, strict=True):
+        norm.forward = partial(_scaled, forward, factor)
+    try:
+        yield
+    finally:
+        for norm, forward in zip(norms, forwards, strict=True):
+            norm.forward = forward
+
+
+def _scaled(forward: Callable[[Tensor], Tensor], factor: float, inputs: Tensor) -> Tensor:
+    return forward(inputs) * factor

@@ -11,6 +11,7 @@ class's own code stays. Nothing here knows a class by name.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,21 +47,22 @@ class Program:
         """`given`: of each tensor of a call, by name, the operations and their fields that take its address."""
         self._threads = threads
         self._operations = operations  # they keep the tensors
-        self._calls = [_Calls(operations, given, tokens, threads.barrier) for tokens in range(1, MOST_TOKENS + 1)]
+        self._records = [_Records(operations, given, tokens, threads.barrier) for tokens in range(1, MOST_TOKENS + 1)]
 
     def run(self, tokens: int, **tensors: Tensor) -> None:
-        """For so many tokens; contiguous tensors by name, which the caller keeps."""
-        calls = self._calls[tokens - 1]
-        calls.taken.fill(0)
+        """For so many tokens; all tensors that are to be given, by name, contiguous, which the caller keeps."""
+        records = self._records[tokens - 1]
+        records.taken.fill(0)
         for name, tensor in tensors.items():
             at = tensor.data_ptr()
-            for field, place in calls.given[name]:
+            for field, place in records.given[name]:
                 field[place] = at
-        self._threads.run(run_all, calls.address, _PIECES)
+        self._threads.run(run_all, records.address, _PIECES)
 
 
-class _Calls:
-    """A program's records for one number of tokens. All threads meet behind an operation unless it says otherwise."""
+class _Records:
+    """A program's for one number of tokens. All threads meet behind an operation unless it says otherwise, and behind
+    the last one anyway."""
 
     def __init__(
         self, operations: list[Fields], given: dict[str, list[tuple[int, str]]], tokens: int, barrier: int
@@ -71,8 +73,9 @@ class _Calls:
         for record, operation in zip(records, operations, strict=True):
             for name, value in operation.items():
                 record[name] = address(value) if isinstance(value, Tensor) else value
-            by_token = {NORM: tokens * record["heads"], ROTATION: tokens}
-            record["units"] = by_token.get(int(record["kind"]), -(-record["output_width"] // BLOCK))
+            units = {NORM: tokens * record["heads"], ROTATION: tokens}
+            record["units"] = units.get(int(record["kind"]), -(-record["output_width"] // BLOCK))
+        records["barrier"][-1] = 0
         self.taken: np.ndarray[Any, Any] = records["taken"]  # this and the next are views: their writing is quick
         self.given = {name: [(records[field], place) for place, field in places] for name, places in given.items()}
         self.address = records.ctypes.data
@@ -95,7 +98,7 @@ class ShortSteps:
 
     def buffer(self, name: str, width: int) -> Tensor:
         """`[MOST_TOKENS, width]`, the same for all who ask for this name and width."""
-        return self._buffers.setdefault(f"{name} {width}", torch.zeros(MOST_TOKENS, width))
+        return self._buffers.setdefault(f"{name} {width}", torch.zeros(MOST_TOKENS, width, dtype=torch.float32))
 
     def product(self, module: nn.Module, own: Product) -> Product:
         """A packed module's product, x Wᵀ + b, for few tokens by a program; `own` is the one for any number."""
@@ -122,14 +125,15 @@ class ShortSteps:
         program = self.program([operation], {"inputs": [(0, "inputs")], "outputs": [(0, "outputs")]})
 
         def product(inputs: Tensor) -> Tensor:
-            tokens = inputs.numel() // input_width
-            if not 0 < tokens <= MOST_TOKENS:
+            *shape, width = inputs.shape
+            tokens = math.prod(shape)
+            if not 0 < tokens <= MOST_TOKENS or width != input_width or inputs.dtype != torch.float32:
                 return own(inputs)
-            outputs = torch.empty(*inputs.shape[:-1], output_width)
+            outputs = torch.empty(*shape, output_width, dtype=torch.float32)
             program.run(tokens, inputs=inputs.contiguous(), outputs=outputs)
             return outputs
 
-        inputs = torch.randn(MOST_TOKENS, input_width)
+        inputs = torch.randn(MOST_TOKENS, input_width, dtype=torch.float32)
         return product if agree(product(inputs), own(inputs)) else own
 
 
@@ -141,9 +145,9 @@ def widths(product: Fields) -> tuple[int, int]:
 def multiplication(module: nn.Module) -> Fields | None:
     """What is fixed of a packed module's product; None where its weight is not laid out as the kernel reads it."""
     weight: Tensor = module.weight  # type: ignore[assignment]  # a module's attributes are untyped
-    outputs, inputs = weight.shape
-    if inputs % CHUNK or not may_be_blocked(weight, BLOCK):
-        return None
     bias: Tensor | None = module.bias  # type: ignore[assignment]  # as above
+    outputs, inputs = weight.shape
+    if inputs % CHUNK or not may_be_blocked(weight, BLOCK) or (bias is not None and bias.dtype != torch.float32):
+        return None
     fields: Fields = {"kind": PRODUCT, "weight": weight, "input_width": inputs, "output_width": outputs}
     return fields if bias is None else fields | {"bias": bias}

@@ -176,6 +176,7 @@ def test_the_least_recently_used_leaf_goes_first_and_no_page_before_those_behind
             cache.release(node)
     for node in texts["xy"]:
         cache.hold(node)
+    cache.prove(texts["xy"])
     for node in reversed(texts["xy"]):
         cache.release(node)
     assert cache.available == 7
@@ -195,6 +196,20 @@ def test_what_was_asked_for_again_outlasts_what_came_once_and_virtual_tokens_do_
     assert task.num_cached_virtual == 4
     _finish(world, task)
     assert _computed(_start(world, _sequence("third turn", (*chat, 6)))) == {"third turn": 2}
+
+
+def test_a_sequence_that_was_preempted_has_not_asked_again() -> None:
+    world = make_world(9, 4, 2, 40)  # 8 pages
+    first, second = (_sequence(str(index), own_text(index, 11)) for index in range(2))
+    _start(world, first, second)
+    while second in world.scheduler.running:
+        for sequence in world.scheduler.running:
+            sequence.output.append(7)
+        world.step()
+    _finish(world, first, (7,))
+    world.step()
+    assert second.text_nodes, "it found none of its pages"
+    assert not any(node.is_proven for node in second.text_nodes)
 
 
 def test_proven_pages_beyond_their_share_go_over_least_recently_used_first() -> None:
@@ -224,6 +239,7 @@ def _add(cache: PageCache, text: str) -> list[CachedPages]:
             cache.add(node)
         else:
             cache.hold(node)
+            cache.prove([node])
         nodes.append(node)
     return nodes[1:]
 

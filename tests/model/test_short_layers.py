@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.adapters.deltas import output_scale
 from server.model import FrozenBase, Rows, Segment
@@ -17,8 +17,15 @@ from server.model.attention import IMPLEMENTATION, AttentionOptions
 from server.model.short_kernels import MOST_TOKENS
 from tests.reference.bases import VOCABULARY, tiny_base
 
+pytestmark = pytest.mark.usefixtures("blocked_weights")
+
 USUAL = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 OTHERS = ("gpt2", "opt", "gpt_neox", "phi3")
+LOOKING_ALIKE: dict[str, tuple[dict[str, Any], list[str]]] = {  # what is special, and the layers of the usual form
+    "granite": ({"residual_multiplier": 0.5}, []),
+    "smollm3": ({"no_rope_layers": [1, 0]}, ["model.layers.0"]),  # the second does not rotate
+    "olmo2": ({}, []),  # norms behind the sub-blocks
+}
 
 
 class Mixing:
@@ -56,6 +63,83 @@ def test_short_steps_give_the_logits_of_the_class(architecture: str) -> None:
         logits = base.forward(base.embed(ids), positions, mixing, {}, torch.arange(tokens))
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         assert mixing.asked == asked.asked
+
+
+def _small(architecture: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(9)
+    config = AutoConfig.for_model(
+        architecture,
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            **changes,
+        },
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", LOOKING_ALIKE)
+@torch.inference_mode()
+def test_classes_that_look_alike_keep_their_own_layers(architecture: str) -> None:
+    changes, expected = LOOKING_ALIKE[architecture]
+    assert FrozenBase(_small(architecture, **changes)).short_layers == expected
+
+
+@torch.inference_mode()
+def test_a_layer_that_asks_for_the_position_itself_keeps_its_own_forward() -> None:
+    """Its queries are scaled from some position on, which the first positions do not show."""
+    model = _small("mistral")
+    layers: Any = model.model.layers
+    layers[0].forward = _scaled_from_position(layers[0].forward, 40)
+    assert FrozenBase(model).short_layers == ["model.layers.1"]
+
+
+def _scaled_from_position(forward: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+    def changed(hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+        factor = 1 + 0.05 * (named["position_ids"][..., None] >= first)
+        return forward(hidden * factor, *others, **named)
+
+    return changed
+
+
+class _Bounded(nn.Module):
+    """An activation with an upper bound that only large inputs meet."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.silu(inputs).clamp(max=13)
+
+
+@torch.inference_mode()
+def test_a_bound_on_large_values_keeps_the_class_s_own() -> None:
+    model = tiny_base("llama")
+    layers: Any = model.model.layers
+    layers[1].mlp.act_fn = _Bounded()  # of what the trial of an activation sees it bounds nothing
+    assert FrozenBase(model).short_layers == ["model.layers.0"]
+
+
+@torch.inference_mode()
+def test_a_step_without_tokens_is_the_class_s_own_matter() -> None:
+    base = FrozenBase(tiny_base("llama"))
+    nothing = torch.empty(0, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="0 elements"):
+        base.forward(base.embed(nothing), nothing, Mixing(), {}, nothing)
+
+
+@torch.inference_mode()
+def test_bases_take_steps_in_turn() -> None:
+    bases = [FrozenBase(tiny_base(architecture)) for architecture in ("llama", "qwen2")]
+    ids = torch.arange(3)
+    alone = [base.forward(base.embed(ids), ids, Mixing(), {}, ids) for base in bases]
+    for _ in range(2):
+        for base, expected in zip(bases, alone, strict=True):
+            assert torch.equal(base.forward(base.embed(ids), ids, Mixing(), {}, ids), expected)
 
 
 @pytest.mark.usefixtures("threads")

@@ -13,6 +13,8 @@ from server.model import products
 from server.model.short_kernels import MOST_TOKENS
 from server.model.short_steps import ShortSteps
 
+pytestmark = pytest.mark.usefixtures("blocked_weights")
+
 ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("swish", ""): functional.silu,
     ("gelu", "tanh"): lambda x: functional.gelu(x, approximate="tanh"),
@@ -98,6 +100,15 @@ def test_no_tokens_and_many_are_torch_s_own(tokens: int) -> None:
 def test_a_weight_that_is_laid_out_otherwise_keeps_torch_s_own_product(widths: tuple[int, int]) -> None:
     packed = _Packed(*widths)
     assert ShortSteps().product(packed.module, packed.product) is packed.product
+
+
+@torch.inference_mode()
+def test_other_widths_and_types_are_refused_as_torch_refuses_them() -> None:
+    packed = _Packed(48, 200)
+    short = ShortSteps().product(packed.module, packed.product)
+    for inputs in (torch.randn(3, 16), torch.randn(3, 48).to(torch.bfloat16)):
+        with pytest.raises(RuntimeError):
+            short(inputs)
 
 
 @torch.inference_mode()
