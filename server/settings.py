@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     max_prefill_tokens: PositiveInt | None = Field(
         None,
         description="prompt tokens that one step computes beside the running streams, which wait for them; longer "
-        "prompts are cut into chunks; absent: 160 on CPU, 2048 on CUDA",
+        "prompts are cut into chunks; absent: 144 on CPU, 2048 on CUDA",
     )
     max_model_len: PositiveInt | None = Field(
         None, description="positions of one request, virtual ones counted; absent: the model's own"

@@ -61,7 +61,7 @@ _KV_SHARE = 0.25  # of the free memory, where no size is set
 # products to run at their full rate, and no more, since every stream waits for them. On a CPU that is from about 128
 # rows on; measured on two cores with a base of 91 M parameters, such a step takes at most five times as long as one
 # that decodes 32 streams.
-PREFILL_TOKENS = {"cpu": 160, "cuda": 2048}
+PREFILL_TOKENS = {"cpu": 144, "cuda": 2048}
 
 
 def main(descriptor: int) -> int:
