@@ -73,7 +73,6 @@ class PageCache:
         assert node.parent is not None
         assert node.key not in node.parent.children, "one node for one content"
         node.parent.children[node.key] = node
-        node.is_proven = node.parent is self.root and bool(node.pages)
 
     def hold(self, node: CachedPages) -> None:
         """One more refers to a node; it refers to all above it as well."""
@@ -82,7 +81,7 @@ class PageCache:
         node.holders += 1
 
     def prove(self, nodes: Iterable[CachedPages]) -> None:
-        """Somebody new asks for these nodes, from a stack's on downwards, and holds them."""
+        """A sequence starts that holds these nodes, from its stack's on downwards: that one is proven by its first."""
         for node in nodes:
             assert node.holders, "what is idle stands in a line"
             node.is_proven = True

@@ -24,8 +24,8 @@ from server.model.short_steps import Fields, ShortSteps, multiplication, widths
 from server.model.sites import Sites
 
 _PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
-_HEAD_NORMS = _NORMS[2:]
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")  # of the attention
 _TRIALS = ((1e-3, 1e-3), (1.0, 1.0), (1.0, 1e2))  # magnitudes of a layer's input, and factors on what its norms give
 _Run = Callable[[Tensor, Attention], Any]  # the base, at positions `[MOST_TOKENS]`
 
@@ -80,7 +80,7 @@ class _ShortLayer:
         self._call = call
         self._scales = {name: weight + offset if offset else weight for name, (weight, _) in parts.norms.items()}
         if factor != 1:
-            self._scales |= {name: self._scales[name] * factor for name in _NORMS if name not in _HEAD_NORMS}
+            self._scales |= {name: self._scales[name] * factor for name in _NORMS}
         self._epsilons = {name: epsilon for name, (_, epsilon) in parts.norms.items()}
         inner, width = widths(parts.products["down_proj"])
         self._projected = {name: short.buffer(name, widths(parts.products[f"{name}_proj"])[1]) for name in "qkv"}
@@ -180,14 +180,14 @@ def _parts(layer: nn.Module, sites: Sites) -> _Parts | None:
             return None
         found[name] = operation
     norms: dict[str, tuple[Tensor, float]] = {}
-    for name in _NORMS:
-        norm = getattr(layer, name, getattr(attention, name, None))
+    for name in _NORMS + _HEAD_NORMS:
+        norm = getattr(layer if name in _NORMS else attention, name, None)
         weight = getattr(norm, "weight", None)
         epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if isinstance(weight, Tensor) and weight.dtype == torch.float32 and isinstance(epsilon, float):
             norms[name] = weight.detach().contiguous(), epsilon
     activation = known_activation(getattr(mlp, "act_fn", None))
-    if activation is None or not norms.keys() >= set(_NORMS) - set(_HEAD_NORMS):
+    if activation is None or not norms.keys() >= set(_NORMS):
         return None
     return _Parts(found, norms, activation)
 
@@ -199,7 +199,7 @@ def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin:
     usual |= {"o_proj": (usual["q_proj"][1], width), "down_proj": (inner, width)}
     usual |= {"gate_proj": (width, inner), "up_proj": (width, inner)}
     products_fit = all(widths(operation) == usual[name] for name, operation in parts.products.items())
-    norms_fit = all(len(weight) == width for name, (weight, _) in parts.norms.items() if name not in _HEAD_NORMS)
+    norms_fit = all(len(parts.norms[name][0]) == width for name in _NORMS)
     heads_fit = all(len(parts.norms[name][0]) == call.head_dim for name in _HEAD_NORMS if name in parts.norms)
     rotary = cos.shape[-1]
     angles_fit = cos.shape == sin.shape == (1, MOST_TOKENS, rotary) and rotary <= call.head_dim and rotary % 2 == 0
@@ -265,7 +265,7 @@ def _equal_form(
 @contextmanager
 def _scaled_norms(layer: nn.Module, factor: float) -> Iterator[None]:
     """Inside the block a layer's norms, those of heads left out, give so many times what they give."""
-    norms = [getattr(layer, name) for name in _NORMS if name not in _HEAD_NORMS]
+    norms = [getattr(layer, name) for name in _NORMS]
     forwards = [norm.forward for norm in norms]
     for norm, forward in zip(norms, forwards, strict=True):
         norm.forward = partial(_scaled, forward, factor)
