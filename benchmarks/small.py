@@ -47,8 +47,8 @@ from server.engine.runner import Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.model import FrozenBase, PagedAttention, products
-from server.model.short_kernels import MOST_TOKENS
-from server.model.short_steps import Program
+from server.model.program_kernels import MOST_TOKENS
+from server.model.programs import Program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

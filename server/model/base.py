@@ -31,7 +31,7 @@ from server.model.row_deltas import SitePlan, change_outputs
 from server.model.sites import SiteKind, Sites, SiteShape
 
 if TYPE_CHECKING:
-    from server.model.short_steps import ShortSteps
+    from server.model.programs import Programs
 
 logger = logging.getLogger("medley.model")
 
@@ -89,14 +89,14 @@ class FrozenBase:
         self.embedding: nn.Module = model.get_input_embeddings()
         self.token_embedding = self._token_embedding()  # before weights are packed
         self.kernels, self.kernels_note = find_kernels(self.device, self.dtype)  # None, and why
-        short = self.kernels and self.kernels.short
-        self.sites = Sites(model, model.get_output_embeddings(), short)
+        programs = self.kernels and self.kernels.programs
+        self.sites = Sites(model, model.get_output_embeddings(), programs)
         if self.device.type == "cpu":
             keep_freed_memory()
         norms = dict(find_norms(model))
-        fuse(model, self.sites, self.kernels and self.kernels.layers, short)
+        fuse(model, self.sites, self.kernels and self.kernels.layers, programs)
         self.blocks = self._add_traced_sites(norms)
-        self.short_layers = [] if short is None else self._shorten_layers(short)
+        self.layer_programs = [] if programs is None else self._program_layers(programs)
         self.sites.shapes[self.token_embedding.site] = SiteShape(
             1, self._embedding_weight.shape[1], is_head=False, kind=SiteKind.EMBEDDING
         )
@@ -126,16 +126,16 @@ class FrozenBase:
         self.sites.add_blocks(self.model, blocks)
         return blocks
 
-    def _shorten_layers(self, short: ShortSteps) -> list[str]:
+    def _program_layers(self, programs: Programs) -> list[str]:
         """Once all their sites are known; the names of those for which it is possible."""
-        from server.model.short_layers import shorten_layers  # noqa: PLC0415 - imports compiled kernels
+        from server.model.layer_forms import run_as_programs  # noqa: PLC0415 - imports compiled kernels
 
         def run(positions: Tensor, attention: Attention) -> None:
             ids = torch.arange(len(positions)) % self.vocab_size
             self.forward(self.embed(ids), positions, attention, {}, ids[:1])
 
-        names = list(shorten_layers(self.model, self.sites, short, run, self.max_model_len))
-        logger.info("steps of few tokens: %d of %d layers in two calls", len(names), len(self.layers))
+        names = run_as_programs(self.model, self.sites, programs, run, self.max_model_len)
+        logger.info("%d of %d layers run as programs", len(names), len(self.layers))
         return names
 
     @classmethod

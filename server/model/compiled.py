@@ -18,9 +18,11 @@ import ctypes
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 # Sums may be reordered, which lets them use the processor's vectors; NaN and infinity keep their meaning.
@@ -58,19 +60,76 @@ def pointer_to(element: Any) -> Any:
     return pointer
 
 
+def prefetched(builder: ir.IRBuilder, address: Any) -> None:
+    """Have code ask for the cache line at an address; whatever is there, or nothing."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    number = ir.IntType(32)
+    function = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    called = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function)
+    builder.call(called, [pointer, number(0), number(_SECOND_LEVEL), number(1)])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; whatever is there, or nothing."""
+    """Ask for the cache line at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        function = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
-        called = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function)
-        builder.call(called, [pointer, number(0), number(_SECOND_LEVEL), number(1)])
+        prefetched(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_of_bits(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@njit(**{**COMPILED, "fastmath": {"contract"}})  # type: ignore[untyped-decorator]
+def exponential(x: Any) -> Any:
+    """eˣ in float32 to within 2 ulp, in operations that a loop's vectors have; of what leaves the range its end.
+
+    x = n ln 2 + r, |r| ≤ ln 2 / 2, and eˣ = 2ⁿ eʳ by Taylor's polynomial; ln 2 is subtracted in two parts, of which the
+    first has so few digits that n times it is exact (Cody and Waite 1980).
+    """
+    bounded = np.float32(-87.3) if x < np.float32(-87.3) else x
+    bounded = np.float32(88.3) if bounded > np.float32(88.3) else bounded
+    power = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    r = (bounded - power * np.float32(0.693359375)) + power * np.float32(2.12194440e-4)
+    result = np.float32(1 / 5040) * r + np.float32(1 / 720)
+    result = result * r + np.float32(1 / 120)
+    result = result * r + np.float32(1 / 24)
+    result = result * r + np.float32(1 / 6)
+    result = result * r + np.float32(1 / 2)
+    result = result * r + np.float32(1)
+    result = result * r + np.float32(1)
+    return result * _float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def clock(typing_context: Any) -> Any:
+    """The processor's clock, in cycles of its own since some time."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(64), [])
+        return builder.call(get_or_insert_function(builder.module, function, "llvm.readcyclecounter"), [])
+
+    return types.int64(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_to(typing_context: Any, address: Any, number: Any) -> Any:
+    """An atomic addition to the 64-bit number at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", place, arguments[1], "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -8,8 +8,6 @@ the processor cannot know which comes next: while one is read, the kernel asks f
 
 from __future__ import annotations
 
-import ctypes
-from struct import Struct
 from typing import Any
 
 import numba
@@ -47,15 +45,14 @@ _FIELDS = (
     "tokens",
     "output",
     "sinks",  # 0: none
-    "scaling",  # this and the next are float32
-    "softcap",  # 0: none
 )
-_RECORD = Struct(f"{len(_FIELDS) - 2}q2f")
-_CALL = np.dtype([(name, np.int64) for name in _FIELDS[:-2]] + [(name, np.float32) for name in _FIELDS[-2:]])
+ATTENTION = np.dtype([(name, np.int64) for name in _FIELDS] + [("scaling", np.float32), ("softcap", np.float32)])
+"""What one layer's attention is told. A softcap of 0 is none."""
+Fields = dict[str, Any]  # of such a record, by name: numbers
 _WRITTEN = 8 * _FIELDS.index("written")  # bytes from the record's beginning
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _LINE = 16  # numbers of a cache line
-_CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
+_CALL_POINTER = types.CPointer(numba.from_dtype(ATTENTION))
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
@@ -111,29 +108,18 @@ def _add_values(first: int, stop: int, weights: Any, values: Any, ahead: Any, ou
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
-def _write(call: Any, counter: Any) -> None:
-    """The step's keys and values into their slots."""
-    count, width = call.count, call.kv_heads * call.head_dim
-    slots = carray(integers(call.slots), count)
-    keys, values = carray(floats(call.new_keys), (count, width)), carray(floats(call.new_values), (count, width))
-    token = take_unit(counter)
-    while token < count:
-        place = 4 * width * slots[token]
-        key, value = carray(floats(call.keys + place), width), carray(floats(call.values + place), width)
-        for at in range(width):
-            key[at] = keys[token, at]
-        for at in range(width):
-            value[at] = values[token, at]
-        token = take_unit(counter)
+def write_token(call: Any, unit: int) -> None:
+    """One of the step's keys and values into its slot."""
+    width = call.kv_heads * call.head_dim
+    source, target = 4 * width * unit, 4 * width * integers(call.slots)[unit]
+    keys, values = carray(floats(call.keys + target), width), carray(floats(call.values + target), width)
+    keys[:] = carray(floats(call.new_keys + source), width)
+    values[:] = carray(floats(call.new_values + source), width)
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _write_and_attend(pointer: Any) -> None:
-    """What each thread runs: tokens to be written, and when all are, shares of rows, as long as there are any."""
-    calls = carray(pointer, 1)
-    call = calls[0]
-    _write(call, integers(calls.ctypes.data + _WRITTEN))
-    call_at(call.barrier)
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def attend_share(call: Any, unit: int, likely: int) -> None:
+    """A share of a row's heads. `likely` is the unit that this thread will have next, unless another takes it."""
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
     repeats = heads // call.kv_heads
     page_bytes = 4 * size * call.kv_heads * head_dim
@@ -143,39 +129,106 @@ def _write_and_attend(pointer: Any) -> None:
     tables = carray(integers(call.tables), (rows, call.table_width))
     queries = carray(floats(call.query), (call.num_tokens, heads, head_dim))
     output = carray(floats(call.output), (call.num_tokens, heads, head_dim))
-    scores = np.empty((heads, size * call.table_width), np.float32)
-    share = take_unit(pointer)
-    while share < rows * call.shares:
-        row, part = share // call.shares, share % call.shares
-        heads_from, heads_to = part * call.kv_heads // call.shares, (part + 1) * call.kv_heads // call.shares
-        token, length, pages = tokens[row], lengths[row], tables[row]
-        first = max(0, length - call.window) if call.window > 0 else 0
-        begin, last = first // size, (length - 1) // size
-        first_values = call.values + page_bytes * pages[begin]
-        for place in range(begin, last + 1):
-            start, stop = max(first, place * size), min(length, (place + 1) * size)
-            page = keys[pages[place], start - place * size : stop - place * size]
-            ahead = call.keys + page_bytes * pages[place + 1] if place < last else first_values
-            _score(heads_from, heads_to, queries[token], page, ahead, scores[:, start:stop], call.scaling, call.softcap)
-        for head in range(heads_from * repeats, heads_to * repeats):
-            sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
-            _softmax(scores[head, first:length], sink)
-            output[token, head] = 0
-        likely = min(call.taken, rows * call.shares - 1)  # what comes next, unless another thread takes it
-        next_row, next_part = likely // call.shares, likely % call.shares
-        next_place = max(0, lengths[next_row] - call.window) // size if call.window > 0 else 0
-        next_keys = call.keys + page_bytes * tables[next_row, next_place]
-        next_keys += 4 * head_dim * (next_part * call.kv_heads // call.shares - heads_from)
-        for place in range(begin, last + 1):
-            start, stop = max(first, place * size), min(length, (place + 1) * size)
-            page = values[pages[place], start - place * size : stop - place * size]
-            ahead = call.values + page_bytes * pages[place + 1] if place < last else next_keys
-            _add_values(heads_from, heads_to, scores[:, start:stop], page, ahead, output[token])
-        share = take_unit(pointer)
+    row, part = unit // call.shares, unit % call.shares
+    heads_from, heads_to = part * call.kv_heads // call.shares, (part + 1) * call.kv_heads // call.shares
+    token, length, pages = tokens[row], lengths[row], tables[row]
+    first = max(0, length - call.window) if call.window > 0 else 0
+    begin, last = first // size, (length - 1) // size
+    scores = np.empty((heads, length), np.float32)
+    first_values = call.values + page_bytes * pages[begin]
+    for place in range(begin, last + 1):
+        start, stop = max(first, place * size), min(length, (place + 1) * size)
+        page = keys[pages[place], start - place * size : stop - place * size]
+        ahead = call.keys + page_bytes * pages[place + 1] if place < last else first_values
+        _score(heads_from, heads_to, queries[token], page, ahead, scores[:, start:stop], call.scaling, call.softcap)
+    for head in range(heads_from * repeats, heads_to * repeats):
+        sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
+        _softmax(scores[head, first:length], sink)
+        output[token, head] = 0
+    next_row, next_part = likely // call.shares, likely % call.shares
+    next_place = max(0, lengths[next_row] - call.window) // size if call.window > 0 else 0
+    next_keys = call.keys + page_bytes * tables[next_row, next_place]
+    next_keys += 4 * head_dim * (next_part * call.kv_heads // call.shares - heads_from)
+    for place in range(begin, last + 1):
+        start, stop = max(first, place * size), min(length, (place + 1) * size)
+        page = values[pages[place], start - place * size : stop - place * size]
+        ahead = call.values + page_bytes * pages[place + 1] if place < last else next_keys
+        _add_values(heads_from, heads_to, scores[:, start:stop], page, ahead, output[token])
+
+
+@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+def _write_and_attend(pointer: Any) -> None:
+    """What each thread runs: tokens to be written, and when all are, shares of rows, as long as there are any."""
+    calls = carray(pointer, 1)
+    call = calls[0]
+    counter = integers(calls.ctypes.data + _WRITTEN)
+    unit = take_unit(counter)
+    while unit < call.count:
+        write_token(call, unit)
+        unit = take_unit(counter)
+    call_at(call.barrier)
+    count = call.rows * call.shares
+    unit = take_unit(pointer)
+    while unit < count:
+        attend_share(call, unit, min(call.taken, count - 1))
+        unit = take_unit(pointer)
 
 
 # Of a step without rows that decode, whose keys and values are to be written too.
 _NOBODY = DecodeGroup(0, 0, torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long))
+
+
+def layer_fields(
+    query: Tensor, keys: Tensor, values: Tensor, output: Tensor, options: AttentionOptions, num_tokens: int
+) -> Fields:
+    """What a layer gives and wants: contiguous tensors `[at least num_tokens, heads or kv_heads, head_dim]`, of which
+    `keys` and `values` are to be written."""
+    _, heads, head_dim = query.shape
+    return {
+        "num_tokens": num_tokens,
+        "heads": heads,
+        "kv_heads": keys.shape[1],
+        "head_dim": head_dim,
+        "query": query.data_ptr(),
+        "new_keys": keys.data_ptr(),
+        "new_values": values.data_ptr(),
+        "output": output.data_ptr(),
+        "window": options.sliding_window or 0,
+        "sinks": 0 if options.sinks is None else options.sinks.data_ptr(),
+        "scaling": head_dim**-0.5 if options.scaling is None else options.scaling,
+        "softcap": options.softcap or 0,
+    }
+
+
+def page_fields(pages: Tensor) -> Fields:
+    """A layer of the cache, `[2, pages, page_size, kv_heads, head_dim]`."""
+    keys, values = pages.unbind()
+    page_size = pages.shape[2]
+    return {
+        "num_pages": len(keys),
+        "page_size": page_size,
+        "keys": keys.data_ptr(),
+        "values": values.data_ptr(),
+    }
+
+
+def row_fields(plan: AttentionPlan, group: DecodeGroup, kv_heads: Any) -> Fields:
+    """The rows that decode, and where what they give goes; `kv_heads` may be a number for each of several layers. The
+    plan keeps its tensors, whose numbers are int64 and contiguous."""
+    rows, table_width = group.block_tables.shape
+    for each in (group.block_tables, group.lengths, plan.slots, plan.decode_tokens):
+        assert each.dtype == torch.int64, "plans for a CPU have such indices"
+        assert each.is_contiguous(), "plans are made so"
+    return {
+        "rows": rows,
+        "shares": 1 if rows >= _MANY_ROWS else kv_heads,
+        "count": len(plan.slots),
+        "slots": plan.slots.data_ptr(),
+        "table_width": table_width,
+        "tables": group.block_tables.data_ptr(),
+        "lengths": group.lengths.data_ptr(),
+        "tokens": plan.decode_tokens.data_ptr() + group.start * plan.decode_tokens.itemsize,
+    }
 
 
 class DecodeKernel:
@@ -184,8 +237,7 @@ class DecodeKernel:
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
         self._threads = TorchThreads()
-        self._call = ctypes.create_string_buffer(_RECORD.size)
-        self._address = ctypes.addressof(self._call)
+        self._call = np.zeros(1, ATTENTION)
 
     def __call__(
         self,
@@ -202,45 +254,16 @@ class DecodeKernel:
         `pages` is a layer of the cache, `[2, pages, page_size, kv_heads, head_dim]`; the others are as in `Attention`,
         `output` contiguous; all float32 on the CPU.
         """
-        num_tokens, heads, head_dim = query.shape
-        _, num_pages, page_size, kv_heads, _ = pages.shape
+        query = query.contiguous()
         new_keys, new_values = (each.contiguous() for each in plan.written(key, value))
-        query, slots, sinks = query.contiguous(), plan.slots, options.sinks
-        count = len(slots)
-        for group in plan.decode or [_NOBODY]:
-            tables, lengths = group.block_tables.long().contiguous(), group.lengths.long()
-            rows, table_width = tables.shape
-            shares = 1 if rows >= _MANY_ROWS else kv_heads
-            _RECORD.pack_into(
-                self._call,
-                0,
-                0,
-                0,
-                count,
-                slots.data_ptr(),
-                new_keys.data_ptr(),
-                new_values.data_ptr(),
-                self._threads.barrier,
-                rows,
-                shares,
-                num_tokens,
-                heads,
-                kv_heads,
-                head_dim,
-                page_size,
-                num_pages,
-                table_width,
-                options.sliding_window or 0,
-                query.data_ptr(),
-                pages.data_ptr(),
-                pages.data_ptr() + pages.stride(0) * pages.itemsize,
-                tables.data_ptr(),
-                lengths.data_ptr(),
-                plan.decode_tokens.data_ptr() + group.start * plan.decode_tokens.itemsize,
-                output.data_ptr(),
-                0 if sinks is None else sinks.data_ptr(),
-                head_dim**-0.5 if options.scaling is None else options.scaling,
-                options.softcap or 0,
-            )
-            self._threads.run(_write_and_attend, self._address, max(count, rows * shares))
-            count = 0  # they are there
+        fields = layer_fields(query, new_keys, new_values, output, options, len(query)) | page_fields(pages)
+        fields["barrier"] = self._threads.barrier
+        call = self._call
+        for index, group in enumerate(plan.decode or [_NOBODY]):
+            fields |= row_fields(plan, group, new_keys.shape[1]) | {"taken": 0, "written": 0}
+            if index:
+                fields["count"] = 0  # they are there
+            for name, number in fields.items():
+                call[name] = number
+            pieces = max(int(fields["count"]), int(fields["rows"] * fields["shares"]))
+            self._threads.run(_write_and_attend, call.ctypes.data, pieces)

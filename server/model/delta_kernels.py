@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -45,7 +45,9 @@ _FIELDS = (
     "second_step",
 )
 _RECORD = Struct(f"{len(_FIELDS)}q")
-_CALL_POINTER = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS])))
+DELTA = np.dtype([(name, np.int64) for name in _FIELDS])
+_CALL_POINTER = types.CPointer(numba.from_dtype(DELTA))
+_COUNT = _FIELDS.index("count")
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
@@ -76,52 +78,82 @@ def _second_block(call: Any) -> Any:
     return call.second_index, call.second_first, call.second_stride, call.second_step
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _scale(pointer: Any) -> None:
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def scale_token(call: Any, unit: int) -> None:
     """y ← y + y ⊙ c."""
-    call = carray(pointer, 1)[0]
-    unit = take_unit(pointer)
-    while unit < call.count:
-        output = _output(call, unit)
-        change = _row(call, _first_block(call), unit, 0, call.output_width)
-        for at in range(len(output)):
-            output[at] += output[at] * change[at]
-        unit = take_unit(pointer)
+    output = _output(call, unit)
+    change = _row(call, _first_block(call), unit, 0, call.output_width)
+    for at in range(len(output)):
+        output[at] += output[at] * change[at]
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _shift(pointer: Any) -> None:
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def shift_token(call: Any, unit: int) -> None:
     """y ← y + c."""
-    call = carray(pointer, 1)[0]
-    unit = take_unit(pointer)
-    while unit < call.count:
-        output = _output(call, unit)
-        change = _row(call, _first_block(call), unit, 0, call.output_width)
-        for at in range(len(output)):
-            output[at] += change[at]
-        unit = take_unit(pointer)
+    output = _output(call, unit)
+    change = _row(call, _first_block(call), unit, 0, call.output_width)
+    for at in range(len(output)):
+        output[at] += change[at]
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
-def _low_rank(pointer: Any) -> None:
+@njit(**COMPILED)  # type: ignore[untyped-decorator]
+def update_token(call: Any, unit: int) -> None:
     """y ← y + Σ (a · x) b, over the rows a and b of the two blocks."""
-    call = carray(pointer, 1)[0]
-    unit = take_unit(pointer)
-    while unit < call.count:
-        inputs = carray(floats(call.inputs + 4 * _token(call, unit) * call.input_stride), call.input_width)
-        output = _output(call, unit)
-        for rank in range(call.rank):
-            down = _row(call, _first_block(call), unit, rank, call.input_width)
-            up = _row(call, _second_block(call), unit, rank, call.output_width)
-            factor = np.float32(0)
-            for at in range(len(inputs)):
-                factor += down[at] * inputs[at]
-            for at in range(len(output)):
-                output[at] += factor * up[at]
+    inputs = carray(floats(call.inputs + 4 * _token(call, unit) * call.input_stride), call.input_width)
+    output = _output(call, unit)
+    for rank in range(call.rank):
+        down = _row(call, _first_block(call), unit, rank, call.input_width)
+        up = _row(call, _second_block(call), unit, rank, call.output_width)
+        factor = np.float32(0)
+        for at in range(len(inputs)):
+            factor += down[at] * inputs[at]
+        for at in range(len(output)):
+            output[at] += factor * up[at]
+
+
+def _of_all(change_token: Any) -> Any:
+    """What each thread runs: tokens, as long as there are any."""
+
+    @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+    def change(pointer: Any) -> None:
+        call = carray(pointer, 1)[0]
         unit = take_unit(pointer)
+        while unit < call.count:
+            change_token(call, unit)
+            unit = take_unit(pointer)
+
+    return change
 
 
-_KERNELS = {"scale": _scale, "shift": _shift, "low_rank": _low_rank}
+_KERNELS = {"scale": _of_all(scale_token), "shift": _of_all(shift_token), "low_rank": _of_all(update_token)}
+
+
+class Numbers(NamedTuple):
+    """Float32 numbers `[tokens, width]` in memory."""
+
+    address: int
+    stride: int  # numbers from token to token
+    width: int
+
+
+def delta_call(inputs: Numbers, outputs: Numbers, tokens: slice | Tensor, blocks: Blocks) -> tuple[int, ...]:
+    """What a kernel is told: the fields of `DELTA`. The caller keeps all tensors."""
+    if isinstance(tokens, slice):
+        count, start, chosen = tokens.stop - tokens.start, tokens.start, 0
+    else:
+        count, start, chosen = len(tokens), 0, tokens.data_ptr()
+    first, second = blocks[0], blocks[-1]
+    if first.pool.dtype != torch.float32:
+        raise RuntimeError(f"rows in {first.pool.dtype} where the kernels take float32")
+    return (
+        *(0, count, start, chosen),
+        *inputs,
+        *outputs,
+        first.pool.data_ptr(),
+        first.count,
+        *_place(first),
+        *_place(second),
+    )
 
 
 class DeltaKernels:
@@ -143,36 +175,16 @@ class DeltaKernels:
         """None: on a CPU a run's own matrix products are as fast."""
 
     def _run(self, kernel: Any, inputs: Tensor, outputs: Tensor, tokens: slice | Tensor, blocks: Blocks) -> None:
-        if isinstance(tokens, slice):
-            count, start, chosen = tokens.stop - tokens.start, tokens.start, 0
-        else:
-            count, start, chosen = len(tokens), 0, tokens.data_ptr()
         if inputs.stride(1) != 1:
             inputs = inputs.contiguous()
-        first, second = blocks[0], blocks[-1]
         last = tokens.stop - 1 if isinstance(tokens, slice) else int(tokens[-1])  # they ascend
         fits = last < len(outputs) == len(inputs) and outputs.stride(1) == 1
-        if not fits or not inputs.dtype == outputs.dtype == first.pool.dtype == torch.float32:
+        if not fits or not inputs.dtype == outputs.dtype == torch.float32:
             raise RuntimeError(f"rows up to {last} are no rows of {list(inputs.shape)} and {list(outputs.shape)}")
-        _RECORD.pack_into(
-            self._call,
-            0,
-            0,
-            count,
-            start,
-            chosen,
-            inputs.data_ptr(),
-            inputs.stride(0),
-            inputs.shape[1],
-            outputs.data_ptr(),
-            outputs.stride(0),
-            outputs.shape[1],
-            first.pool.data_ptr(),
-            first.count,
-            *_place(first),
-            *_place(second),
-        )
-        self._threads.run(kernel, self._address, count)
+        given, changed = (Numbers(each.data_ptr(), each.stride(0), each.shape[1]) for each in (inputs, outputs))
+        call = delta_call(given, changed, tokens, blocks)
+        _RECORD.pack_into(self._call, 0, *call)
+        self._threads.run(kernel, self._address, call[_COUNT])
 
 
 def _place(rows: Rows | TokenRows) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from server.model.sites import Sites
 
 if TYPE_CHECKING:
     from server.model.layer_kernels import LayerKernels
-    from server.model.short_steps import ShortSteps
+    from server.model.programs import Programs
 
 _TRIED_TOKENS = 9  # more than a short step has: programs have trials of their own
 _ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN's fusion names them
@@ -39,13 +39,13 @@ _ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None, short: ShortSteps | None = None) -> None:
+def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None, programs: Programs | None = None) -> None:
     """Replace the forward of modules for which a faster equal form is known."""
     dtype = next(model.parameters()).dtype
     rms_norm = _rms_norm if kernels is None else kernels.rms_norm
     rotation = rotate if kernels is None else kernels.rotate
     for name, module in model.named_modules():
-        for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites, short)]:
+        for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites, programs)]:
             inputs = torch.randn(1, _TRIED_TOKENS, width, device=next(module.parameters()).device).to(dtype)
             if all(agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in MAGNITUDES):
                 module.forward = candidate
@@ -78,7 +78,7 @@ def _rms_norm(inputs: Tensor, scale: Tensor, epsilon: float) -> Tensor:
 
 
 def _gated_mlps(
-    name: str, module: nn.Module, sites: Sites, short: ShortSteps | None
+    name: str, module: nn.Module, sites: Sites, programs: Programs | None
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     """down(f(gate(x)) ⊙ up(x)), the activation and the product fused into the first two."""
     gate, up, down = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
@@ -97,7 +97,7 @@ def _gated_mlps(
     def gated(inputs: Tensor) -> Tensor:
         return times_up(inputs, activated_gate(inputs))
 
-    inner = gated if short is None else short.gated(gate, up, activation, gated)
+    inner = gated if programs is None else programs.gated(gate, up, activation, gated)
 
     def mlp(inputs: Tensor) -> Tensor:
         outputs: Tensor = own(inputs) if sites.touches(touched) else down(inner(inputs))

@@ -30,6 +30,12 @@ class PagedAttention:
     decode_kernel: DecodeKernel | None = None
     _masks: dict[tuple[DecodeGroup | PrefillRow, int | None], Tensor] = field(default_factory=dict)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the step is rows of one token, for which the kernel is all that is needed."""
+        plan = self.plan
+        return self.decode_kernel is not None and len(plan.decode) == 1 and not plan.prefill and plan.sources is None
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
         plan = self.plan

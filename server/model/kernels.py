@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from server.model.base import BaseShape
     from server.model.decode_kernel import DecodeKernel
     from server.model.layer_kernels import LayerKernels
-    from server.model.short_steps import ShortSteps
+    from server.model.programs import Programs
 
 
 logger = logging.getLogger("medley.kernels")
@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     deltas: DeltaBackend
     decode: DecodeKernel | None = None  # this and what follows on a CPU alone
     layers: LayerKernels | None = None
-    short: ShortSteps | None = None
+    programs: Programs | None = None
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str]:
@@ -44,9 +44,9 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
         from server.model.decode_kernel import DecodeKernel  # noqa: PLC0415
         from server.model.delta_kernels import DeltaKernels  # noqa: PLC0415
         from server.model.layer_kernels import LayerKernels  # noqa: PLC0415
-        from server.model.short_steps import ShortSteps  # noqa: PLC0415
+        from server.model.programs import Programs  # noqa: PLC0415
 
-        return Kernels(DeltaKernels(), DecodeKernel(), LayerKernels(), ShortSteps()), "by compiled kernels"
+        return Kernels(DeltaKernels(), DecodeKernel(), LayerKernels(), Programs()), "by compiled kernels"
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no folder for what numba compiles
         logger.warning("steps run without compiled kernels, more slowly: %s", error)
         return None, "the kernels cannot be had"

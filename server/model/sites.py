@@ -23,7 +23,7 @@ from server.model.norms import NormForm
 from server.model.row_deltas import SitePlan, apply_levels, change_outputs
 
 if TYPE_CHECKING:
-    from server.model.short_steps import ShortSteps
+    from server.model.programs import Programs
 
 
 class SiteKind(Enum):
@@ -52,9 +52,9 @@ class SiteShape:
 class Sites:
     """All sites of one model, by their module's name in it."""
 
-    def __init__(self, model: nn.Module, head: nn.Module | None, short: ShortSteps | None = None) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module | None, programs: Programs | None = None) -> None:
         """Wrap every linear module (`nn.Linear`, or `Conv1D` with its transposed weight), its weight packed where that
-        is possible; with `short` products of few tokens go through that."""
+        is possible; with `programs` their products are such."""
         self.shapes: dict[str, SiteShape] = {}
         self._plan: SitePlan = {}
         self._packed: set[nn.Module] = set()
@@ -70,8 +70,8 @@ class Sites:
             forward = module.forward
             if products.can_pack(module):
                 forward = products.pack(module)
-                if short is not None:
-                    forward = short.product(module, forward)
+                if programs is not None:
+                    forward = programs.product(module, forward)
                 self._packed.add(module)
             module.forward = self._wrap(name, forward)
 
@@ -123,6 +123,10 @@ class Sites:
     def give_inputs(self, name: str) -> None:
         """What is passed to this site is read by nobody else: deltas may change it where it lies."""
         self._own_inputs.add(name)
+
+    def plan(self) -> SitePlan:
+        """The deltas of the step under way."""
+        return self._plan
 
     def touches(self, names: Iterable[str]) -> bool:
         """Whether the step under way has deltas at one of these sites."""

@@ -19,7 +19,7 @@ from benchmarks.small import clocks, timed
 from benchmarks.workload import Job, Task, Workload
 from server.engine.runner import Runner
 from server.model import FrozenBase, PagedAttention, products
-from server.model.short_kernels import MOST_TOKENS
+from server.model.program_kernels import MOST_TOKENS
 
 WORKLOAD = Workload(SIZES["tiny"], requests=4, prompt_tokens=8, new_tokens=4, virtual_tokens=4, tasks=1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from server.model import products
-from server.model.short_steps import ShortSteps
+from server.model.programs import Programs
 
 
 @pytest.fixture(params=[1, 2, 4], ids="{} threads".format)
@@ -23,8 +23,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def blocked_weights() -> None:
-    """oneDNN lays weights out in the blocks that short steps read."""
+    """oneDNN lays weights out in the blocks that programs read."""
     linear = nn.Linear(64, 64).requires_grad_(False)
     own = products.pack(linear)
-    if ShortSteps().product(linear, own) is own:
-        pytest.skip("oneDNN lays weights out otherwise on this processor: short steps run by its own products")
+    if Programs().product(linear, own) is own:
+        pytest.skip("oneDNN lays weights out otherwise on this processor: its own products run")

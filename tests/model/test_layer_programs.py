@@ -1,4 +1,4 @@
-"""Decoder layers in two calls give what their classes give, for the classes of the usual form and for no others."""
+"""Decoder layers as programs give what their classes give, for the classes of the usual form and for no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from server.adapters.deltas import output_scale
 from server.model import FrozenBase, Rows, Segment
 from server.model.attention import IMPLEMENTATION, AttentionOptions
-from server.model.short_kernels import MOST_TOKENS
+from server.model.program_kernels import MOST_TOKENS
 from tests.reference.bases import VOCABULARY, tiny_base
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
@@ -51,13 +51,13 @@ def _own(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor
 
 @pytest.mark.parametrize("architecture", USUAL + OTHERS)
 @torch.inference_mode()
-def test_short_steps_give_the_logits_of_the_class(architecture: str) -> None:
+def test_programs_give_the_logits_of_the_class(architecture: str) -> None:
     model = tiny_base(architecture)
     base = FrozenBase(deepcopy(model))
-    assert len(base.short_layers) == (2 if architecture in USUAL else 0)
-    for tokens in range(1, MOST_TOKENS + 3):
+    assert len(base.layer_programs) == (2 if architecture in USUAL else 0)
+    for tokens in (1, 2, 5, 6, 7, 13, 48, 49, 200, MOST_TOKENS, MOST_TOKENS + 1):
         ids = torch.arange(tokens) * 7 % VOCABULARY
-        positions = torch.arange(tokens) * 11
+        positions = torch.arange(tokens) * 11 % base.max_model_len
         expected, asked = _own(model, ids, positions)
         mixing = Mixing()
         logits = base.forward(base.embed(ids), positions, mixing, {}, torch.arange(tokens))
@@ -89,7 +89,7 @@ def _small(architecture: str, **changes: Any) -> PreTrainedModel:
 @torch.inference_mode()
 def test_classes_that_look_alike_keep_their_own_layers(architecture: str) -> None:
     changes, expected = LOOKING_ALIKE[architecture]
-    assert FrozenBase(_small(architecture, **changes)).short_layers == expected
+    assert FrozenBase(_small(architecture, **changes)).layer_programs == expected
 
 
 @torch.inference_mode()
@@ -98,7 +98,7 @@ def test_a_layer_that_asks_for_the_position_itself_keeps_its_own_forward() -> No
     model = _small("mistral")
     layers: Any = model.model.layers
     layers[0].forward = _scaled_from_position(layers[0].forward, 40)
-    assert FrozenBase(model).short_layers == ["model.layers.1"]
+    assert FrozenBase(model).layer_programs == ["model.layers.1"]
 
 
 def _scaled_from_position(forward: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
@@ -121,7 +121,7 @@ def test_a_bound_on_large_values_keeps_the_class_s_own() -> None:
     model = tiny_base("llama")
     layers: Any = model.model.layers
     layers[1].mlp.act_fn = _Bounded()  # of what the trial of an activation sees it bounds nothing
-    assert FrozenBase(model).short_layers == ["model.layers.0"]
+    assert FrozenBase(model).layer_programs == ["model.layers.0"]
 
 
 @torch.inference_mode()
@@ -144,7 +144,7 @@ def test_bases_take_steps_in_turn() -> None:
 
 @pytest.mark.usefixtures("threads")
 @torch.inference_mode()
-def test_tokens_of_a_short_step_are_computed_as_in_a_long_one() -> None:
+def test_tokens_are_computed_alike_in_every_company() -> None:
     base = FrozenBase(tiny_base("qwen3"))
     ids, positions = torch.arange(9), torch.arange(9) + 3
     together = base.forward(base.embed(ids), positions, Mixing(), {}, torch.arange(9))
@@ -176,11 +176,11 @@ def test_a_layer_with_deltas_runs_module_by_module(name: str) -> None:
 @torch.inference_mode()
 def test_a_token_that_is_not_finite_hurts_no_other() -> None:
     base = FrozenBase(tiny_base("llama"))
-    embedded = base.embed(torch.arange(MOST_TOKENS)).clone()
+    every = torch.arange(9)
+    embedded = base.embed(every).clone()
     embedded[1] = torch.nan
-    every = torch.arange(MOST_TOKENS)
     logits = base.forward(embedded, every, Mixing(), {}, every)
-    assert logits.isfinite().all(-1).tolist() == [index != 1 for index in range(MOST_TOKENS)]
+    assert logits.isfinite().all(-1).tolist() == [index != 1 for index in range(9)]
 
 
 def _scaled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -206,7 +206,7 @@ def test_a_layer_that_only_looks_alike_keeps_its_own_forward(
     model = tiny_base("llama")
     layers: Any = model.model.layers
     layers[0].forward = change(layers[0].forward)
-    assert FrozenBase(model).short_layers == ["model.layers.1"]
+    assert FrozenBase(model).layer_programs == ["model.layers.1"]
 
 
 @torch.inference_mode()
@@ -214,4 +214,4 @@ def test_an_activation_without_a_kernel_keeps_the_class_s_own() -> None:
     model = tiny_base("llama")
     layers: Any = model.model.layers
     layers[1].mlp.act_fn = nn.Tanh()
-    assert FrozenBase(model).short_layers == ["model.layers.0"]
+    assert FrozenBase(model).layer_programs == ["model.layers.0"]

@@ -1,0 +1,236 @@
+"""Finds the decoder layers of a base that have the usual form, and has them run as programs (`layer_programs`).
+
+A layer is tried on what the base itself passes to it at positions from the first to the last, and with norms that give
+less and more, so that neither an epsilon nor a bound on what follows them is missed. Nothing here knows a class by
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.model.agreement import agree
+from server.model.attention import Attention, AttentionOptions
+from server.model.fused import known_activation
+from server.model.layer_programs import HEAD_NORMS, NORMS, PRODUCTS, LayerForm, LayerStack, either
+from server.model.programs import TRIED_TOKENS, Fields, Programs, multiplication, widths
+from server.model.sites import Sites
+
+_TRIALS = ((1e-3, 1e-3), (1.0, 1.0), (1.0, 1e2))  # magnitudes of a layer's input, and factors on what its norms give
+_Run = Callable[[Tensor, Attention], Any]  # the base, at positions `[TRIED_TOKENS]`
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a layer seems to be made of."""
+
+    products: dict[str, Fields]
+    sites: dict[str, str]
+    norms: dict[str, tuple[Tensor, float]]  # weight and epsilon
+    activation: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _AttentionCall:
+    """How a layer calls the attention."""
+
+    layer: int
+    options: AttentionOptions
+    heads: dict[str, int]  # of q, k, v
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a base passes to a layer, and what comes of it."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Any
+
+    def follows(self, before: _Passed) -> bool:
+        """Whether the layer gets what the one before gives, and the same angles."""
+        angles, angles_before = self.named.get("position_embeddings"), before.named.get("position_embeddings")
+        return self.arguments[:1] == (before.output,) and angles is angles_before
+
+
+class _Recorder:
+    """An attention that is none: of each token by itself, from its query, key and value."""
+
+    def __init__(self) -> None:
+        self.calls: list[_AttentionCall] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `Attention`."""
+        _, heads, head_dim = query.shape
+        self.calls.append(
+            _AttentionCall(layer, options, {"q": heads, "k": key.shape[1], "v": value.shape[1]}, head_dim)
+        )
+        return query - (key + 2 * value).repeat_interleave(heads // key.shape[1], 1)
+
+
+@torch.inference_mode()
+def run_as_programs(model: nn.Module, sites: Sites, programs: Programs, run: _Run, max_model_len: int) -> list[str]:
+    """Have the layers for which it is equal run as programs; their names."""
+    candidates = {name: parts for name, module in model.named_modules() if (parts := _parts(name, module, sites))}
+    positions = torch.linspace(1, max_model_len - 1, TRIED_TOKENS).long()
+    passed = _passed(model, candidates, partial(run, positions))
+    forms = [
+        form
+        for name, parts in candidates.items()
+        if name in passed
+        and (form := _equal_form(name, model.get_submodule(name), parts, programs, passed[name])) is not None
+    ]
+    if not forms:
+        return []
+    names = [form.name for form in forms]
+    steps = [passed[name] for name in names]
+    is_chain = all(layer.follows(before) for before, layer in pairwise(steps))
+    stack = LayerStack(programs, forms, is_chain=is_chain)
+    for index, name in enumerate(names):
+        module = model.get_submodule(name)
+        module.forward = either(stack, index, module.forward, sites.plan)
+    return names
+
+
+def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    found: dict[str, Fields] = {}
+    for product in PRODUCTS:
+        module = getattr(attention, product, getattr(mlp, product, None))
+        operation = multiplication(module) if isinstance(module, nn.Module) and sites.is_packed(module) else None
+        if operation is None:
+            return None
+        found[product] = operation
+    norms: dict[str, tuple[Tensor, float]] = {}
+    for each in NORMS + HEAD_NORMS:
+        norm = getattr(layer if each in NORMS else attention, each, None)
+        weight = getattr(norm, "weight", None)
+        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and isinstance(epsilon, float):
+            norms[each] = weight.detach().contiguous(), epsilon
+    activation = known_activation(getattr(mlp, "act_fn", None))
+    if activation is None or not norms.keys() >= set(NORMS):
+        return None
+    own = {product: f"{name}.{'self_attn' if hasattr(attention, product) else 'mlp'}.{product}" for product in PRODUCTS}
+    return _Parts(found, own, norms, activation)
+
+
+def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether all widths are those of the usual form: what reads by address asks for no shape."""
+    width, inner = hidden.shape[-1], widths(parts.products["gate_proj"])[1]
+    usual = {name: (width, call.heads[name[0]] * call.head_dim) for name in PRODUCTS[:3]}
+    usual |= {"o_proj": (usual["q_proj"][1], width), "down_proj": (inner, width)}
+    usual |= {"gate_proj": (width, inner), "up_proj": (width, inner)}
+    products_fit = all(widths(operation) == usual[name] for name, operation in parts.products.items())
+    norms_fit = all(len(parts.norms[name][0]) == width for name in NORMS)
+    heads_fit = all(len(parts.norms[name][0]) == call.head_dim for name in HEAD_NORMS if name in parts.norms)
+    rotary = cos.shape[-1]
+    angles_fit = cos.shape == sin.shape == (1, TRIED_TOKENS, rotary) and rotary <= call.head_dim and rotary % 2 == 0
+    is_step = hidden.shape[:2] == (1, TRIED_TOKENS) and hidden.dim() == 3
+    is_float32 = all(each.dtype == torch.float32 for each in (hidden, cos, sin))
+    return products_fit and norms_fit and heads_fit and angles_fit and is_step and is_float32
+
+
+def _passed(model: nn.Module, names: Iterable[str], run: Callable[[Attention], Any]) -> dict[str, _Passed]:
+    """What the base passes to each of these layers."""
+    passed: dict[str, _Passed] = {}
+
+    def keep(name: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        passed[name] = _Passed(arguments, named, output)
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
+    try:
+        if hooks:
+            run(_Recorder())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return passed
+
+
+def _equal_form(name: str, module: nn.Module, parts: _Parts, programs: Programs, passed: _Passed) -> LayerForm | None:
+    """The form of a layer that gives what its class gives, if one does."""
+    match passed.named.get("position_embeddings"):
+        case (Tensor() as cos, Tensor() as sin) if passed.arguments:
+            pass
+        case _:
+            return None
+    recorder = _Recorder()
+    given, others = passed.arguments[0], passed.arguments[1:]
+    trials = [(given * magnitude, factor) for magnitude, factor in _TRIALS]
+    own = []
+    for hidden, factor in trials:
+        with _scaled_norms(module, factor):
+            own.append(module.forward(hidden, *others, **{**passed.named, "medley_attention": recorder}))
+    is_usual = len(recorder.calls) == len(own) and all(isinstance(each, Tensor) for each in own)
+    if not is_usual or not _fits(parts, recorder.calls[0], given, cos, sin):
+        return None
+    for offset in (0.0, 1.0):
+        form = _form(name, parts, recorder.calls[0], cos.shape[-1], offset)
+        if all(
+            _agrees(form, factor, programs, (hidden, cos, sin), recorder, expected)
+            for (hidden, factor), expected in zip(trials, own, strict=True)
+        ):
+            return form
+    return None
+
+
+def _form(name: str, parts: _Parts, call: _AttentionCall, rotary_width: int, offset: float) -> LayerForm:
+    """`offset` is what the class adds to a norm's weight."""
+    return LayerForm(
+        name=name,
+        products=parts.products,
+        sites=parts.sites,
+        scales={each: weight + offset if offset else weight for each, (weight, _) in parts.norms.items()},
+        epsilons={each: epsilon for each, (_, epsilon) in parts.norms.items()},
+        activation=parts.activation,
+        layer=call.layer,
+        options=call.options,
+        heads=call.heads,
+        head_dim=call.head_dim,
+        rotary_width=rotary_width,
+    )
+
+
+def _agrees(
+    form: LayerForm,
+    factor: float,
+    programs: Programs,
+    given: tuple[Tensor, Tensor, Tensor],
+    attention: Attention,
+    expected: Tensor,
+) -> bool:
+    """Whether a form gives what is expected for a hidden state, cos and sin; its norms, but those of heads, give
+    `factor` times what they give."""
+    hidden = given[0]
+    scaled = replace(form, scales=form.scales | {name: form.scales[name] * factor for name in NORMS})
+    outputs = LayerStack(programs, [scaled], is_chain=False).forward(0, {}, *given, attention)
+    assert outputs is not None, "there are no deltas"
+    return agree(outputs - hidden, expected - hidden, rounded_at=float(hidden.abs().max()))
+
+
+@contextmanager
+def _scaled_norms(layer: nn.Module, factor: float) -> Iterator[None]:
+    """Inside the block a layer's norms, those of heads left out, give so many times what they give."""
+    norms = [getattr(layer, name) for name in NORMS]
+    forwards = [norm.forward for norm in norms]
+    for norm, forward in zip(norms, forwards, strict=True):
+        norm.forward = partial(_scaled, forward, factor)
+    try:
+        yield
+    finally:
+        for norm, forward in zip(norms, forwards, strict=True):
+            norm.forward = forward
+
+
+def _scaled(forward: Callable[[Tensor], Tensor], factor: float, inputs: Tensor) -> Tensor:
+    return forward(inputs) * factor
