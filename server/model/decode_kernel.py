@@ -212,23 +212,23 @@ def page_fields(pages: Tensor) -> Fields:
     }
 
 
-def row_fields(plan: AttentionPlan, group: DecodeGroup, kv_heads: Any) -> Fields:
-    """The rows that decode, and where what they give goes; `kv_heads` may be a number for each of several layers. The
-    plan keeps its tensors, whose numbers are int64 and contiguous."""
-    rows, table_width = group.block_tables.shape
-    for each in (group.block_tables, group.lengths, plan.slots, plan.decode_tokens):
-        assert each.dtype == torch.int64, "plans for a CPU have such indices"
-        assert each.is_contiguous(), "plans are made so"
-    return {
-        "rows": rows,
-        "shares": 1 if rows >= _MANY_ROWS else kv_heads,
-        "count": len(plan.slots),
-        "slots": plan.slots.data_ptr(),
-        "table_width": table_width,
-        "tables": group.block_tables.data_ptr(),
-        "lengths": group.lengths.data_ptr(),
-        "tokens": plan.decode_tokens.data_ptr() + group.start * plan.decode_tokens.itemsize,
+def row_fields(plan: AttentionPlan, group: DecodeGroup, kv_heads: Any) -> tuple[Fields, object]:
+    """The rows that decode, and where what they give goes; `kv_heads` may be a number for each of several layers. With
+    them what the caller must keep as long as they are used."""
+    tables, lengths, slots, tokens = (
+        each.long().contiguous() for each in (group.block_tables, group.lengths, plan.slots, plan.decode_tokens)
+    )
+    fields = {
+        "rows": len(tables),
+        "shares": 1 if len(tables) >= _MANY_ROWS else kv_heads,
+        "count": len(slots),
+        "slots": slots.data_ptr(),
+        "table_width": tables.shape[1],
+        "tables": tables.data_ptr(),
+        "lengths": lengths.data_ptr(),
+        "tokens": tokens.data_ptr() + group.start * tokens.itemsize,
     }
+    return fields, (tables, lengths, slots, tokens)
 
 
 class DecodeKernel:
@@ -260,7 +260,8 @@ class DecodeKernel:
         fields["barrier"] = self._threads.barrier
         call = self._call
         for index, group in enumerate(plan.decode or [_NOBODY]):
-            fields |= row_fields(plan, group, new_keys.shape[1]) | {"taken": 0, "written": 0}
+            rows, _kept = row_fields(plan, group, new_keys.shape[1])
+            fields |= rows | {"taken": 0, "written": 0}
             if index:
                 fields["count"] = 0  # they are there
             for name, number in fields.items():

@@ -9,6 +9,7 @@ computed with them. Tokens are taken one after the other by whichever thread is 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import Any, NamedTuple
@@ -46,8 +47,10 @@ _FIELDS = (
 )
 _RECORD = Struct(f"{len(_FIELDS)}q")
 DELTA = np.dtype([(name, np.int64) for name in _FIELDS])
+"""What a kernel is told."""
 _CALL_POINTER = types.CPointer(numba.from_dtype(DELTA))
-_COUNT = _FIELDS.index("count")
+COUNT = _FIELDS.index("count")
+"""Its place in `delta_call`."""
 
 
 @njit(**COMPILED)  # type: ignore[untyped-decorator]
@@ -156,10 +159,24 @@ def delta_call(inputs: Numbers, outputs: Numbers, tokens: slice | Tensor, blocks
     )
 
 
+@dataclass(frozen=True)
+class DeltaKernel:
+    """A `Kernel`."""
+
+    operation: str  # a kind's `compiled`
+    run: Kernel
+
+    def __call__(self, inputs: Tensor, outputs: Tensor, tokens: slice | Tensor, blocks: Blocks) -> None:
+        """See `Kernel`."""
+        self.run(inputs, outputs, tokens, blocks)
+
+
 class DeltaKernels:
     """A `DeltaBackend`; see the module. Used by one thread at a time."""
 
-    run_work = 1024  # measured on two cores, for ranks of 8 to 64 and widths of 384 to 2048
+    run_work = (
+        2048  # measured on two cores: beyond it layers are left to their classes, whose matrix products are faster
+    )
 
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
@@ -167,9 +184,11 @@ class DeltaKernels:
         self._call = ctypes.create_string_buffer(_RECORD.size)
         self._address = ctypes.addressof(self._call)
 
-    def of(self, kind: DeltaKind) -> Kernel | None:
+    def of(self, kind: DeltaKind) -> DeltaKernel | None:
         """The kernel that computes the same as `kind` at a linear module; None where there is none."""
-        return None if kind.compiled is None else partial(self._run, _KERNELS[kind.compiled])
+        if kind.compiled is None:
+            return None
+        return DeltaKernel(kind.compiled, partial(self._run, _KERNELS[kind.compiled]))
 
     def of_runs(self, kind: DeltaKind) -> None:
         """None: on a CPU a run's own matrix products are as fast."""
@@ -184,7 +203,7 @@ class DeltaKernels:
         given, changed = (Numbers(each.data_ptr(), each.stride(0), each.shape[1]) for each in (inputs, outputs))
         call = delta_call(given, changed, tokens, blocks)
         _RECORD.pack_into(self._call, 0, *call)
-        self._threads.run(kernel, self._address, call[_COUNT])
+        self._threads.run(kernel, self._address, call[COUNT])
 
 
 def _place(rows: Rows | TokenRows) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from server.model.attention import Attention, AttentionOptions
 from server.model.decode_kernel import ATTENTION, layer_fields, page_fields, row_fields
-from server.model.delta_kernels import DELTA, Numbers, delta_call
+from server.model.delta_kernels import COUNT, DELTA, DeltaKernel, Numbers, delta_call
 from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache
 from server.model.program_kernels import (
@@ -28,6 +28,7 @@ from server.model.program_kernels import (
     GATE,
     MOST_TOKENS,
     NORM,
+    OPERATION,
     ROTATION,
     SCALE,
     SHIFT,
@@ -89,6 +90,7 @@ class LayerStack:
         self._programs = programs
         self._forms = forms
         self._is_chain = is_chain
+        self._barrier = programs.barrier
         products = forms[0].products
         width, inner = widths(products["gate_proj"])
         self._numbers = {
@@ -105,6 +107,7 @@ class LayerStack:
                 record[name] = number
         self._chunks = [self._chunks_of(index) for index in range(len(forms))]
         self._cache: KVCache | None = None  # whose pages the records name
+        self._kept: object = None  # what else they name
         self._plain = self._compiled({})
         self._last = self._plain
         self._result: Tensor | None = None  # of all layers, until each has been asked for its own
@@ -159,7 +162,8 @@ class LayerStack:
                     record[name] = number
         (group,) = attention.plan.decode
         records["num_tokens"] = tokens
-        for name, numbers in row_fields(attention.plan, group, records["kv_heads"]).items():
+        fields, self._kept = row_fields(attention.plan, group, records["kv_heads"])
+        for name, numbers in fields.items():
             records[name] = numbers
         units = step.program.records["units"]
         units[step.writes] = records["count"]
@@ -184,7 +188,9 @@ class LayerStack:
             writes.append(attends)
             pieces += before + behind
             at = stop
-        records, deltas = np.concatenate(pieces), np.array(calls, DELTA)
+        # as plain numbers: numpy looks at each field's type again for each piece
+        records = np.concatenate([piece.view(np.int64) for piece in pieces]).view(OPERATION)
+        deltas = np.array(calls, np.int64).reshape(len(calls), len(DELTA.names or ()))
         changed = np.isin(records["kind"], list(_KINDS.values()))
         records["described"][changed] = deltas.ctypes.data + np.arange(len(calls)) * DELTA.itemsize
         return _Step(plan, self._programs.program(records, (plan, deltas)), parts, np.array(writes))
@@ -209,8 +215,9 @@ class LayerStack:
     def _described(self, change: _Change, calls: list[tuple[int, ...]]) -> Iterator[Records]:
         """Levels one behind the other, for they change the same numbers; those of one level do not."""
         for _, deltas in sorted(change.levels.items()):
-            records = self._programs.describe([{"kind": kind, "units": call[1]} for kind, call in deltas])
-            records["barrier"][:-1] = 0
+            records = np.zeros(len(deltas), OPERATION)
+            records["kind"], records["units"] = zip(*[(kind, call[COUNT]) for kind, call in deltas], strict=True)
+            records["barrier"][-1] = self._barrier
             calls += [call for _, call in deltas]
             yield records
 
@@ -228,13 +235,13 @@ class LayerStack:
             if len({each.kind.changes_input for _, each in segments}) > 1:  # outputs change by what inputs were before
                 return None
             inputs, outputs = self._passed(product, form)
-            for level, (tokens, kind, blocks, _, _) in segments:
-                assert kind.compiled is not None, "it is an operation"
+            for level, (tokens, kind, blocks, _, kernel) in segments:
+                assert isinstance(kernel, DeltaKernel), "it is an operation"
                 if kind.changes_input:  # from the last level to the first
                     place, order, call = f"before {product}", -level, delta_call(inputs, inputs, tokens, blocks)
                 else:
                     place, order, call = _place(product), level, delta_call(inputs, outputs, tokens, blocks)
-                changes.setdefault(place, _Change()).add(order, _KINDS[kind.compiled], call)
+                changes.setdefault(place, _Change()).add(order, _KINDS[kernel.operation], call)
         return changes
 
     def _passed(self, product: str, form: LayerForm) -> tuple[Numbers, Numbers]:
@@ -323,12 +330,11 @@ def _place(product: str) -> str:
 
 def _is_operation(product: str, segment: Segment) -> bool:
     """Whether a segment at a product can be one."""
-    kind = segment.kind
-    if segment.kernel is None or kind.compiled is None:
+    if not isinstance(segment.kernel, DeltaKernel):
         return False
     if product in _ADDED_TO:  # a scale would be one of the stream, too
-        return kind.changes_input or kind.compiled != "scale"
-    return not kind.changes_input
+        return segment.kind.changes_input or segment.kernel.operation != "scale"
+    return not segment.kind.changes_input
 
 
 Forward = Callable[..., Any]

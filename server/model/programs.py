@@ -88,6 +88,7 @@ class Programs:
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""
         self._threads = TorchThreads()
+        self.barrier = self._threads.barrier
         self._buffers: dict[str, Tensor] = {}
 
     def program(self, records: Records, keep: object) -> Program:
@@ -97,7 +98,7 @@ class Programs:
     def describe(self, operations: Sequence[Fields]) -> Records:
         """Operations as the kernels read them. All threads meet behind each unless its `barrier` is 0."""
         records = np.zeros(len(operations), OPERATION)
-        records["barrier"], records["heads"], records["shares"] = self._threads.barrier, 1, 1
+        records["barrier"], records["heads"], records["shares"] = self.barrier, 1, 1
         for record, operation in zip(records, operations, strict=True):
             for name, value in operation.items():
                 record[name] = address(value) if isinstance(value, Tensor) else value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -11,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from server.adapters.deltas import output_scale
-from server.model import FrozenBase, Rows, Segment
+from server.adapters.deltas import input_scale, low_rank, output_scale, shift
+from server.model import FrozenBase, Rows, Segment, SitePlan
 from server.model.attention import IMPLEMENTATION, AttentionOptions
+from server.model.delta_kernels import DeltaKernels
+from server.model.layer_programs import PRODUCTS, LayerStack
 from server.model.program_kernels import MOST_TOKENS
+from server.model.row_deltas import RowDelta
+from server.model.sites import SiteShape
 from tests.reference.bases import VOCABULARY, tiny_base
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
@@ -26,6 +32,7 @@ LOOKING_ALIKE: dict[str, tuple[dict[str, Any], list[str]]] = {  # what is specia
     "smollm3": ({"no_rope_layers": [1, 0]}, ["model.layers.0"]),  # the second does not rotate
     "olmo2": ({}, []),  # norms behind the sub-blocks
 }
+KERNELS = DeltaKernels()
 
 
 class Mixing:
@@ -154,23 +161,145 @@ def test_tokens_are_computed_alike_in_every_company() -> None:
         torch.testing.assert_close(logits, together[part], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def _delta(kind: str, site: SiteShape, generator: torch.Generator) -> RowDelta:
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    match kind:
+        case "low rank":
+            return low_rank(numbers(3, site.inputs), numbers(3, site.outputs))
+        case "shift":
+            return shift(numbers(site.outputs))
+        case "output scale":
+            return output_scale(numbers(site.outputs) + 1)
+        case _:
+            return input_scale(numbers(site.inputs) + 1)
+
+
+def _segment(delta: RowDelta, tokens: slice | Tensor, *, by_kernel: bool = True) -> Segment:
+    kernel = KERNELS.of(delta.kind) if by_kernel else None
+    return Segment(tokens, delta.kind, _pooled(delta.blocks), is_each=False, kernel=kernel)
+
+
+def _pooled(blocks: Sequence[Tensor]) -> tuple[Rows, ...]:
+    """Blocks one behind the other in one pool, each from a whole row of its width on."""
+    pool = torch.full((sum(block.numel() + block.shape[1] for block in blocks),), torch.nan)
+    rows, at = [], 0
+    for block in blocks:
+        width = block.shape[1]
+        first = -(-at // width)
+        at = first * width + block.numel()
+        pool[at - block.numel() : at] = block.flatten()
+        rows.append(Rows(pool[: len(pool) // width * width].view(-1, width), first, len(block)))
+    return tuple(rows)
+
+
+@contextmanager
+def _asked(monkeypatch: pytest.MonkeyPatch, *, is_used: bool = True) -> Iterator[list[bool]]:
+    """Whether each layer ran by its program; with `is_used` false none does."""
+    asked: list[bool] = []
+    own = LayerStack.forward
+
+    def forward(stack: LayerStack, *arguments: Any) -> Tensor | None:
+        outputs = own(stack, *arguments) if is_used else None
+        asked.append(outputs is not None)
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStack, "forward", forward)
+        yield asked
+
+
+def _compare(base: FrozenBase, plan: SitePlan, monkeypatch: pytest.MonkeyPatch, count: int = 20) -> list[bool]:
+    """Logits with a plan by programs are those of the classes' own layers; which layers ran by programs."""
+    ids = torch.arange(count) % VOCABULARY
+
+    def logits(plan: SitePlan) -> Tensor:
+        return base.forward(base.embed(ids), ids, Mixing(), plan, ids)
+
+    with _asked(monkeypatch) as asked:
+        changed = logits(plan)
+    with _asked(monkeypatch, is_used=False):
+        expected = logits(plan)
+    torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-4)
+    assert float((changed - logits({})).abs().max()) > 0.01
+    return asked
+
+
+def _kinds(product: str) -> list[str]:
+    return ["low rank", "shift", "input scale" if product in ("o_proj", "down_proj") else "output scale"]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("tokens", [slice(0, 20), torch.tensor([1, 4, 5, 19])], ids=["all", "some"])
 @torch.inference_mode()
-def test_a_layer_with_deltas_runs_module_by_module(name: str) -> None:
+def test_row_deltas_are_operations_of_a_layer(
+    product: str, tokens: slice | Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = FrozenBase(tiny_base("qwen3"))
+    site = next(name for name in base.sites.shapes if name.endswith(f"layers.1.{_module(product)}"))
+    for kind in _kinds(product):
+        delta = _delta(kind, base.sites.shapes[site], torch.Generator().manual_seed(1))
+        assert all(_compare(base, {site: [[_segment(delta, tokens)]]}, monkeypatch))
+
+
+def _module(product: str) -> str:
+    return f"self_attn.{product}" if product[0] in "qkvo" else f"mlp.{product}"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("seed", range(8))
+@torch.inference_mode()
+def test_stacks_of_adapters_at_any_sites_are_applied_in_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rng = FrozenBase(tiny_base("llama")), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    plan: dict[str, list[list[Segment]]] = {}
+    for layer in range(2):
+        for product in rng.sample(PRODUCTS, 4):
+            site = f"model.layers.{layer}.{_module(product)}"
+            scales_input = product in ("o_proj", "down_proj") and rng.random() < 0.5
+            kinds = (
+                ["input scale"] if scales_input else _kinds(product)[: 2 if product in ("o_proj", "down_proj") else 3]
+            )
+            plan[site] = [
+                [
+                    _segment(_delta(rng.choice(kinds), base.sites.shapes[site], generator), tokens)
+                    for tokens in rng.sample([slice(0, 7), slice(7, 20)], rng.randint(1, 2))
+                ]
+                for _ in range(2)
+            ]
+    assert all(_compare(base, plan, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("site", "kind", "by_kernel"),
+    [
+        ("self_attn.q_proj", "low rank", False),  # many tokens of one adapter, whose matrix products are faster
+        ("self_attn.q_proj", "input scale", True),  # keys and values read the same input
+        ("mlp.down_proj", "output scale", True),  # of the stream, too
+        ("input_layernorm", "output scale", False),
+    ],
+)
+@torch.inference_mode()
+def test_a_layer_with_other_deltas_is_left_to_its_class(
+    site: str, kind: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = FrozenBase(tiny_base("llama"))
-    site = f"model.layers.1.{name}"
-    delta = output_scale(torch.rand(base.sites.shapes[site].outputs) + 0.5)
-    rows = tuple(Rows(block.contiguous(), 0, len(block)) for block in delta.blocks)
-    ids = torch.arange(8)
+    name = f"model.layers.1.{site}"
+    delta = _delta(kind, base.sites.shapes[name], torch.Generator().manual_seed(2))
+    plan = {name: [[_segment(delta, slice(3, 9), by_kernel=by_kernel)]]}
+    assert _compare(base, plan, monkeypatch) == [True, False]
 
-    def logits(count: int) -> Tensor:
-        plan = {site: [[Segment(slice(0, count), delta.kind, rows, is_each=False)]]}
-        return base.forward(base.embed(ids[:count]), ids[:count], Mixing(), plan, ids[:count])
 
-    changed = logits(8)
-    plain = base.forward(base.embed(ids), ids, Mixing(), {}, ids)
-    assert float((changed - plain).abs().max()) > 0.01
-    torch.testing.assert_close(logits(2), changed[:2], rtol=1e-4, atol=1e-4)
+@torch.inference_mode()
+def test_input_and_output_changes_at_one_module_are_left_to_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = FrozenBase(tiny_base("llama"))
+    site = "model.layers.0.mlp.down_proj"
+    generator = torch.Generator().manual_seed(3)
+    deltas = [_delta(kind, base.sites.shapes[site], generator) for kind in ("low rank", "input scale")]
+    plan = {site: [[_segment(delta, slice(0, 20))] for delta in deltas]}
+    assert _compare(base, plan, monkeypatch) == [False, True]
 
 
 @torch.inference_mode()

@@ -74,8 +74,7 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
                     lengths=torch.tensor([length for _, _, length in rows]),
                 )
             )
-    tokens = torch.tensor([token for token, _, _ in decode], dtype=torch.int64)
-    return AttentionPlan(torch.tensor(slots), None, tokens, groups, prefill)
+    return AttentionPlan(torch.tensor(slots), None, torch.tensor([token for token, _, _ in decode]), groups, prefill)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
