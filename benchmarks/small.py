@@ -1,11 +1,12 @@
 """`python -m benchmarks.small`: how much of a small base's step is neither matrix product nor attention?
 
 Decode steps of 64 rows on a base so small that everything else shows. The step and its parts are timed with a clock
-around each call, some hundred calls a step: the engine's own parts, attention, and each matrix product, with the few
-microseconds of Python that call it.
+around each call: the engine's own parts, attention, and each matrix product that torch makes. What runs as a program is
+divided by the cycles that its threads have counted for each of its operations, the time in which they wait for each
+other included.
 
 Beside it: a step of one row, and the same step's matrix products alone in the fastest way that torch has. In the step
-they may be faster, for there they run in programs of a kernel, with the norms and rotations between them.
+they may be faster, for a program asks for the next product's weights while it multiplies.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmarks.bases import SIZES, random_base
@@ -47,7 +49,7 @@ from server.engine.runner import Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.model import FrozenBase, PagedAttention, products
-from server.model.program_kernels import MOST_TOKENS
+from server.model.program_kernels import ATTEND, GATED, PRODUCT, WRITE
 from server.model.programs import Program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -60,8 +62,8 @@ _PARTS: dict[str, tuple[type, str]] = {  # what is timed, by what it is called h
     "forward": (Runner, "run"),
     "attention": (PagedAttention, "attend"),
     "sampling": (Sampler, "choose"),
-    "programs": (Program, "run"),
 }
+_OPERATIONS = {"products": (PRODUCT, GATED), "attention": (WRITE, ATTEND)}  # of programs
 _PRODUCTS = ("pack", "activated", "multiplied")  # of `server.model.products`: what makes a module's product
 
 
@@ -100,16 +102,19 @@ def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random,
 
 @contextmanager
 def clocks() -> Iterator[dict[str, float]]:
-    """Seconds spent in each of `_PARTS`, and in the products of bases that are made inside the block."""
+    """Seconds spent in each of `_PARTS`, in programs, and in the products of bases that are made inside the block."""
     spent: dict[str, float] = defaultdict(float)
+    run = Program.run
     places: list[tuple[Any, str, str, bool]] = [(owner, name, part, False) for part, (owner, name) in _PARTS.items()]
     places += [(products, name, "products", True) for name in _PRODUCTS]
     originals = [getattr(owner, name) for owner, name, _, _ in places]
     try:
         for (owner, name, part, makes), original in zip(places, originals, strict=True):
             setattr(owner, name, (_making if makes else _clocked)(original, spent, part))
+        Program.run = _divided(run, spent)  # type: ignore[method-assign]
         yield spent
     finally:
+        Program.run = run  # type: ignore[method-assign]
         for (owner, name, _, _), original in zip(places, originals, strict=True):
             setattr(owner, name, original)
 
@@ -129,6 +134,23 @@ def _clocked(original: Callable[..., Any], spent: dict[str, float], part: str) -
             spent[part] += time.perf_counter() - started
 
     return call
+
+
+def _divided(run: Callable[..., None], spent: dict[str, float]) -> Callable[..., None]:
+    """A program's run whose seconds go to its operations."""
+
+    def divided(program: Program, start: int = 0, stop: int | None = None) -> None:
+        records = program.records[start:stop]
+        before = records["cycles"].copy()
+        started = time.perf_counter()
+        run(program, start, stop)
+        seconds = time.perf_counter() - started
+        cycles = records["cycles"] - before
+        for part, kinds in _OPERATIONS.items():
+            spent[part] += seconds * float(cycles[np.isin(records["kind"], kinds)].sum() / cycles.sum())
+        spent["programs"] += seconds
+
+    return divided
 
 
 def compare(base: FrozenBase, workload: Workload, rounds: int, spent: dict[str, float]) -> Report:
@@ -170,14 +192,17 @@ def _report(
         [(part, f"{1e3 * median(values):.3f}", f"{ratio(values, whole):.3f}") for part, values in parts.items()],
     )
     one = [each.whole for each in measured["steps of 1 row"]]
-    programs = [each.parts.get("programs", 0.0) for each in measured["steps of 1 row"]]
+    inside = {
+        f"of it {part}": [each.parts.get(part, 0.0) for each in measured["steps of 1 row"]]
+        for part in ("programs", "products", "attention")
+    }
     alone = [each.whole for each in measured["products of 1 row"]]
     one_table = Table(
         "A decode step of 1 row",
         ("part", "ms"),
         [
             ("the whole step", f"{1e3 * median(one):.3f}"),
-            ("of it programs", f"{1e3 * median(programs):.3f}"),
+            *[(part, f"{1e3 * median(values):.3f}") for part, values in inside.items()],
             ("its products alone, by torch", f"{1e3 * median(alone):.3f}"),
         ],
     )
@@ -197,7 +222,7 @@ def _report(
 @app.command()
 def main(
     size: Size = SIZES["small"],
-    rows: Annotated[int, typer.Option(min=MOST_TOKENS + 1, help="rows of a step, more than run by programs")] = 64,
+    rows: Annotated[int, typer.Option(min=2, help="rows of a step")] = 64,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a row")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="decode steps of each measurement")] = 32,
     rounds: Rounds = 5,

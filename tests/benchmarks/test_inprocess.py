@@ -19,7 +19,7 @@ from benchmarks.small import clocks, timed
 from benchmarks.workload import Job, Task, Workload
 from server.engine.runner import Runner
 from server.model import FrozenBase, PagedAttention, products
-from server.model.program_kernels import MOST_TOKENS
+from server.model.programs import Program
 
 WORKLOAD = Workload(SIZES["tiny"], requests=4, prompt_tokens=8, new_tokens=4, virtual_tokens=4, tasks=1)
 
@@ -64,12 +64,12 @@ def test_what_a_cache_holds_is_distinct_and_favours_the_popular() -> None:
 
 
 def test_clocks_are_taken_off_again_and_parts_fit_into_the_step() -> None:
-    own = Runner.run, PagedAttention.attend, products.pack
+    own = Runner.run, PagedAttention.attend, products.pack, Program.run
     with clocks() as spent:
         base = FrozenBase(random_base(WORKLOAD.size, 64))
         with open_engine(base, engine_limits(32)) as engine:
-            parts = timed(engine, MOST_TOKENS + 1, WORKLOAD, random.Random(0), spent)
-    assert (Runner.run, PagedAttention.attend, products.pack) == own
+            parts = timed(engine, 5, WORKLOAD, random.Random(0), spent)
+    assert (Runner.run, PagedAttention.attend, products.pack, Program.run) == own
     assert parts.parts["attention"] > 0
     assert parts.parts["products"] > 0
     assert parts.parts["attention"] + parts.parts["products"] < parts.parts["forward"] < parts.whole
