@@ -31,6 +31,7 @@ from server.model.row_deltas import SitePlan, change_outputs
 from server.model.sites import SiteKind, Sites, SiteShape
 
 if TYPE_CHECKING:
+    from server.model.model_program import ModelProgram
     from server.model.programs import Programs
 
 logger = logging.getLogger("medley.model")
@@ -89,6 +90,7 @@ class FrozenBase:
         self.embedding: nn.Module = model.get_input_embeddings()
         self.token_embedding = self._token_embedding()  # before weights are packed
         self.kernels, self.kernels_note = find_kernels(self.device, self.dtype)  # None, and why
+        self._program: ModelProgram | None = None
         programs = self.kernels and self.kernels.programs
         self.sites = Sites(model, model.get_output_embeddings(), programs)
         if self.device.type == "cpu":
@@ -96,7 +98,9 @@ class FrozenBase:
         norms = dict(find_norms(model))
         fuse(model, self.sites, self.kernels and self.kernels.layers, programs)
         self.blocks = self._add_traced_sites(norms)
-        self.layer_programs = [] if programs is None else self._program_layers(programs)
+        self.layer_programs: list[str] = []
+        if programs is not None:
+            self._run_as_programs(programs)
         self.sites.shapes[self.token_embedding.site] = SiteShape(
             1, self._embedding_weight.shape[1], is_head=False, kind=SiteKind.EMBEDDING
         )
@@ -126,17 +130,29 @@ class FrozenBase:
         self.sites.add_blocks(self.model, blocks)
         return blocks
 
-    def _program_layers(self, programs: Programs) -> list[str]:
-        """Once all their sites are known; the names of those for which it is possible."""
-        from server.model.layer_forms import run_as_programs  # noqa: PLC0415 - imports compiled kernels
+    def _run_as_programs(self, programs: Programs) -> None:
+        """What can be, once all sites are known."""
+        from server.model.layer_forms import run_as_programs  # noqa: PLC0415 - this and the next import compiled kernels
+        from server.model.model_program import find_model_program  # noqa: PLC0415
+
+        def embed(ids: Tensor) -> Tensor:
+            return self.embed(ids % self.vocab_size)
 
         def run(positions: Tensor, attention: Attention) -> None:
-            ids = torch.arange(len(positions)) % self.vocab_size
-            self.forward(self.embed(ids), positions, attention, {}, ids[:1])
+            self.forward(embed(torch.arange(len(positions))), positions, attention, {}, torch.arange(1))
 
-        names = run_as_programs(self.model, self.sites, programs, run, self.max_model_len)
-        logger.info("%d of %d layers run as programs", len(names), len(self.layers))
-        return names
+        def forward(embeddings: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+            return self.forward(embeddings, positions, attention, {}, torch.arange(len(positions)))
+
+        stack = run_as_programs(self.model, self.sites, programs, run, self.max_model_len)
+        if stack is not None:
+            self.layer_programs = stack.names
+            head = self.model.get_output_embeddings()
+            self._program = find_model_program(
+                self.model, head, self.sites, stack, self.layers, forward, embed, self.max_model_len
+            )
+        whole = "" if self._program is None else ", and all of a step whose rows decode as one"
+        logger.info("%d of %d layers run as programs%s", len(self.layer_programs), len(self.layers), whole)
 
     @classmethod
     def load(cls, folder: Path, *, device: str, dtype: str, max_model_len: int | None) -> FrozenBase:
@@ -239,6 +255,10 @@ class FrozenBase:
         class's own head, so that its caps and scales hold. What that head was given, `[n, hidden]`, is added to
         `states` if there are any.
         """
+        if self._program is not None and states is None and len(logit_tokens) == len(positions):
+            given = self._program.forward(embeddings, positions, attention, deltas)
+            if given is not None:
+                return given
         with self.sites.applying(deltas), self._keeping_states(states):
             output = self.model(
                 inputs_embeds=embeddings[None],

@@ -59,7 +59,7 @@ class _Passed:
     def follows(self, before: _Passed) -> bool:
         """Whether the layer gets what the one before gives, and the same angles."""
         angles, angles_before = self.named.get("position_embeddings"), before.named.get("position_embeddings")
-        return self.arguments[:1] == (before.output,) and angles is angles_before
+        return bool(self.arguments) and self.arguments[0] is before.output and angles is angles_before
 
 
 class _Recorder:
@@ -78,8 +78,10 @@ class _Recorder:
 
 
 @torch.inference_mode()
-def run_as_programs(model: nn.Module, sites: Sites, programs: Programs, run: _Run, max_model_len: int) -> list[str]:
-    """Have the layers for which it is equal run as programs; their names."""
+def run_as_programs(
+    model: nn.Module, sites: Sites, programs: Programs, run: _Run, max_model_len: int
+) -> LayerStack | None:
+    """Have the layers for which it is equal run as programs; None where there are none."""
     candidates = {name: parts for name, module in model.named_modules() if (parts := _parts(name, module, sites))}
     positions = torch.linspace(1, max_model_len - 1, TRIED_TOKENS).long()
     passed = _passed(model, candidates, partial(run, positions))
@@ -90,15 +92,14 @@ def run_as_programs(model: nn.Module, sites: Sites, programs: Programs, run: _Ru
         and (form := _equal_form(name, model.get_submodule(name), parts, programs, passed[name])) is not None
     ]
     if not forms:
-        return []
-    names = [form.name for form in forms]
-    steps = [passed[name] for name in names]
+        return None
+    steps = [passed[form.name] for form in forms]
     is_chain = all(layer.follows(before) for before, layer in pairwise(steps))
     stack = LayerStack(programs, forms, is_chain=is_chain)
-    for index, name in enumerate(names):
+    for index, name in enumerate(stack.names):
         module = model.get_submodule(name)
         module.forward = either(stack, index, module.forward, sites.plan)
-    return names
+    return stack
 
 
 def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from server.model.attention import Attention, AttentionOptions
@@ -70,6 +71,16 @@ class _Step:
     program: Program
     parts: list[tuple[int, int, int] | None]  # of each layer its first operation, its attention, one past its last
     writes: np.ndarray[Any, Any]  # the operations that write keys and values; the one behind each attends
+    is_closed: bool  # the plan has nothing else than these operations
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is behind the layers: a norm and the output layer."""
+
+    scale: Tensor  # of the norm
+    epsilon: float
+    product: Fields
 
 
 @dataclass
@@ -85,10 +96,14 @@ class _Change:
 class LayerStack:
     """Layers of a base, each of which gets what the one before it gives."""
 
-    def __init__(self, programs: Programs, forms: Sequence[LayerForm], *, is_chain: bool) -> None:
+    def __init__(
+        self, programs: Programs, forms: Sequence[LayerForm], *, is_chain: bool, tail: Tail | None = None
+    ) -> None:
         """`is_chain`: the base passes a layer's output to the next one as it is, and the same angles to all."""
+        self.names = [form.name for form in forms]
         self._programs = programs
         self._forms = forms
+        self._tail = tail
         self._is_chain = is_chain
         self._barrier = programs.barrier
         products = forms[0].products
@@ -112,6 +127,14 @@ class LayerStack:
         self._last = self._plain
         self._result: Tensor | None = None  # of all layers, until each has been asked for its own
 
+    def is_whole(self, layers: int) -> bool:
+        """Whether these are all of a base's layers, one behind the other."""
+        return self._is_chain and len(self._forms) == layers
+
+    def with_tail(self, tail: Tail) -> LayerStack:
+        """The same layers, and what is behind them."""
+        return LayerStack(self._programs, self._forms, is_chain=self._is_chain, tail=tail)
+
     def step(self, plan: SitePlan) -> _Step:
         """The program for a plan, kept while it is the same."""
         if not plan:
@@ -131,17 +154,13 @@ class LayerStack:
         part = step.parts[index]
         if part is None:
             return None
-        tokens = hidden.shape[1]
-        program, own = step.program, self._numbers["hidden"][:tokens]
-        program.share(tokens)
-        own.copy_(hidden[0])
-        cos, sin = cos.contiguous(), sin.contiguous()
-        program.records["cos"], program.records["sin"] = cos.data_ptr(), sin.data_ptr()
+        angles = self._begin(step, hidden, cos, sin)
+        tokens, program = hidden.shape[1], step.program
         is_whole = index == 0 and self._is_chain and None not in step.parts
         if is_whole and isinstance(attention, PagedAttention) and attention.only_decodes:
             self._describe_attention(step, attention, tokens)
             program.run()
-            self._result = own[None]
+            self._result = self._numbers["hidden"][None, :tokens]
             return self._result
         form = self._forms[index]
         start, attends, stop = part
@@ -150,7 +169,31 @@ class LayerStack:
         attended = attention.attend(form.layer, query, keys, values, form.options)
         self._heads("attended", form)[:tokens].copy_(attended)
         program.run(attends + 2, stop)
-        return own[None]
+        del angles  # until here their addresses are read
+        return self._numbers["hidden"][None, :tokens]
+
+    def run_all(self, plan: SitePlan, hidden: Tensor, cos: Tensor, sin: Tensor, attention: PagedAttention) -> Tensor:
+        """The logits `[tokens, vocabulary]` of a step whose rows all decode, under a plan that is closed; arguments as
+        of `forward`, of a stack that has a tail."""
+        assert self._tail is not None, "it has an output layer"
+        step = self.step(plan)
+        angles = self._begin(step, hidden, cos, sin)
+        tokens = hidden.shape[1]
+        self._describe_attention(step, attention, tokens)
+        logits = torch.empty(tokens, widths(self._tail.product)[1], dtype=torch.float32)
+        step.program.records["outputs"][-1] = logits.data_ptr()
+        step.program.run()
+        del angles  # until here their addresses are read
+        return logits
+
+    def _begin(self, step: _Step, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Give a program what the layers are given; the angles, which the caller keeps."""
+        tokens, records = hidden.shape[1], step.program.records
+        step.program.share(tokens)
+        self._numbers["hidden"][:tokens].copy_(hidden[0])
+        cos, sin = cos.contiguous(), sin.contiguous()
+        records["cos"], records["sin"] = cos.data_ptr(), sin.data_ptr()
+        return cos, sin
 
     def _describe_attention(self, step: _Step, attention: PagedAttention, tokens: int) -> None:
         """Tell the operations that attend what the step's rows are."""
@@ -188,12 +231,26 @@ class LayerStack:
             writes.append(attends)
             pieces += before + behind
             at = stop
+        pieces += self._tail_pieces()
         # as plain numbers: numpy looks at each field's type again for each piece
         records = np.concatenate([piece.view(np.int64) for piece in pieces]).view(OPERATION)
         deltas = np.array(calls, np.int64).reshape(len(calls), len(DELTA.names or ()))
         changed = np.isin(records["kind"], list(_KINDS.values()))
         records["described"][changed] = deltas.ctypes.data + np.arange(len(calls)) * DELTA.itemsize
-        return _Step(plan, self._programs.program(records, (plan, deltas)), parts, np.array(writes))
+        known = {site for form in self._forms for site in form.sites.values()}
+        is_closed = None not in parts and plan.keys() <= known
+        return _Step(plan, self._programs.program(records, (plan, deltas)), parts, np.array(writes), is_closed)
+
+    def _tail_pieces(self) -> list[Records]:
+        if self._tail is None:
+            return []
+        numbers, scale = self._numbers, self._tail.scale
+        norm: Fields = {"kind": NORM, "scale": scale, "input_width": len(scale), "epsilon": self._tail.epsilon}
+        operations = [
+            norm | _between(numbers["hidden"], numbers["normed"]),
+            self._tail.product | {"inputs": numbers["normed"]},
+        ]
+        return [self._programs.describe(operations)]
 
     def _pieces(
         self, chunks: dict[str, Records], changes: dict[str, _Change], calls: list[tuple[int, ...]]
@@ -259,7 +316,9 @@ class LayerStack:
     def _chunks_of(self, index: int) -> dict[str, Records]:
         """A layer's operations, between which there may be others."""
         form, numbers = self._forms[index], self._numbers
-        following = self._forms[index + 1].products["q_proj"] if index + 1 < len(self._forms) else None
+        following = None if self._tail is None else self._tail.product
+        if index + 1 < len(self._forms):
+            following = self._forms[index + 1].products["q_proj"]
         products = form.products
         q, k, v, o, gate, up, down = (products[name] for name in PRODUCTS)
         both = self._programs.gated_operation(gate, up, form.activation)

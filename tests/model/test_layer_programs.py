@@ -20,7 +20,7 @@ from server.model.delta_kernels import DeltaKernels
 from server.model.layer_programs import PRODUCTS, LayerStack
 from server.model.program_kernels import MOST_TOKENS
 from server.model.row_deltas import RowDelta
-from server.model.sites import SiteShape
+from server.model.sites import SiteKind, SiteShape
 from tests.reference.bases import VOCABULARY, tiny_base
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
@@ -179,6 +179,13 @@ def _delta(kind: str, site: SiteShape, generator: torch.Generator) -> RowDelta:
 def _segment(delta: RowDelta, tokens: slice | Tensor, *, by_kernel: bool = True) -> Segment:
     kernel = KERNELS.of(delta.kind) if by_kernel else None
     return Segment(tokens, delta.kind, _pooled(delta.blocks), is_each=False, kernel=kernel)
+
+
+def segment_at(base: FrozenBase, site: str, tokens: slice, kind: str = "low rank") -> dict[str, list[list[Segment]]]:
+    """A plan with one delta."""
+    delta = _delta(kind, base.sites.shapes[site], torch.Generator().manual_seed(4))
+    by_kernel = base.sites.shapes[site].kind is SiteKind.LINEAR
+    return {site: [[_segment(delta, tokens, by_kernel=by_kernel)]]}
 
 
 def _pooled(blocks: Sequence[Tensor]) -> tuple[Rows, ...]:
