@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from server.model.layer_kernels import LayerKernels
     from server.model.programs import Programs
 
-_TRIED_TOKENS = 9  # more than a short step has: programs have trials of their own
+_TRIED_TOKENS = 9  # programs have trials of their own, in which they are compared with what is tried here
 _ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN's fusion names them
     ("swish", ""): functional.silu,
     ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
