@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,24 +133,23 @@ class FrozenBase:
 
     def _run_as_programs(self, programs: Programs) -> None:
         """What can be, once all sites are known."""
-        from server.model.layer_forms import run_as_programs  # noqa: PLC0415 - this and the next import compiled kernels
+        from server.model.layer_forms import run_as_programs  # noqa: PLC0415 - these import compiled kernels
         from server.model.model_program import find_model_program  # noqa: PLC0415
+        from server.model.programs import TRIED_TOKENS  # noqa: PLC0415
 
-        def embed(ids: Tensor) -> Tensor:
-            return self.embed(ids % self.vocab_size)
-
-        def run(positions: Tensor, attention: Attention) -> None:
-            self.forward(embed(torch.arange(len(positions))), positions, attention, {}, torch.arange(1))
+        tokens = torch.arange(TRIED_TOKENS)
+        embeddings = self.embed(tokens % self.vocab_size)
 
         def forward(embeddings: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-            return self.forward(embeddings, positions, attention, {}, torch.arange(len(positions)))
+            return self.forward(embeddings, positions, attention, {}, tokens)
 
-        stack = run_as_programs(self.model, self.sites, programs, run, self.max_model_len)
+        run = partial(forward, embeddings)
+        stack = run_as_programs(self.model, self.sites, programs, self.layers, run, self.max_model_len)
         if stack is not None:
             self.layer_programs = stack.names
             head = self.model.get_output_embeddings()
             self._program = find_model_program(
-                self.model, head, self.sites, stack, self.layers, forward, embed, self.max_model_len
+                self.model, head, self.sites, stack, self.layers, embeddings, forward, self.max_model_len
             )
         whole = "" if self._program is None else ", and all of a step whose rows decode as one"
         logger.info("%d of %d layers run as programs%s", len(self.layer_programs), len(self.layers), whole)

@@ -5,8 +5,8 @@ They run on the threads of the GNU OpenMP that torch has loaded, by `GOMP_parall
 manual). Threads of our own would share their cores with those, which go on spinning between two of torch's operations:
 measured on two cores, attention of a step took 34 ms so in place of 20.
 
-What numba keeps it compiles anew when the file of the kernel has changed, not when another one has whose functions the
-kernel calls: after an edit of such a function remove the `*.nbi` files.
+What numba keeps it compiles anew when the file of a function has changed, not when that of another one has which the
+function calls. So the names under which it keeps them have a digest of all files with kernels in them.
 
 A kernel's arguments are a record, or several, whose first field, `taken`, counts the units of work that threads have
 taken.
@@ -15,13 +15,16 @@ taken.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
@@ -31,6 +34,32 @@ COMPILED: dict[str, Any] = {
     "error_model": "numpy",
     "cache": True,
 }
+
+_FILES = (
+    "compiled.py",
+    "decode_kernel.py",
+    "delta_kernels.py",
+    "layer_kernels.py",
+    "program_kernels.py",
+    "tiles.py",
+)
+_SOURCES = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _FILES)).hexdigest()[:16]
+
+
+def inlined(function: Any) -> Any:
+    """A function that kernels call."""
+    return njit(**COMPILED)(_versioned(function))
+
+
+def kernel(pointer: Any) -> Callable[[Any], Any]:
+    """A function that threads run, `void(record *)`; `pointer` is the type of its argument."""
+    return lambda function: cfunc(types.void(pointer), **COMPILED)(_versioned(function))
+
+
+def _versioned(function: Any) -> Any:
+    function.__qualname__ += f".{_SOURCES}"
+    return function
+
 
 # Of "LLVM Language Reference", llvm.prefetch: into the cache from the second level on, to be read, as data.
 _SECOND_LEVEL = 2
@@ -88,9 +117,10 @@ def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(**{**COMPILED, "fastmath": {"contract"}})  # type: ignore[untyped-decorator]
+@njit(**{**COMPILED, "fastmath": {"contract"}})  # type: ignore[untyped-decorator]  # sums in their order
 def exponential(x: Any) -> Any:
-    """eˣ in float32 to within 2 ulp, in operations that a loop's vectors have; of what leaves the range its end.
+    """eˣ in float32 to within 2 ulp, in operations that a loop's vectors have; below -87.3 that of -87.3, above 88.3
+    infinity.
 
     x = n ln 2 + r, |r| ≤ ln 2 / 2, and eˣ = 2ⁿ eʳ by Taylor's polynomial; ln 2 is subtracted in two parts, of which the
     first has so few digits that n times it is exact (Cody and Waite 1980).
@@ -106,7 +136,8 @@ def exponential(x: Any) -> Any:
     result = result * r + np.float32(1 / 2)
     result = result * r + np.float32(1)
     result = result * r + np.float32(1)
-    return result * _float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+    result = result * _float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+    return np.float32(np.inf) if x > np.float32(88.3) else result
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -13,11 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from torch import Tensor
 
 from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup
-from server.model.compiled import COMPILED, TorchThreads, call_at, floats, integers, prefetch, take_unit
+from server.model.compiled import TorchThreads, call_at, floats, inlined, integers, kernel, prefetch, take_unit
 
 _FIELDS = (
     "taken",  # shares of rows
@@ -55,7 +55,7 @@ _LINE = 16  # numbers of a cache line
 _CALL_POINTER = types.CPointer(numba.from_dtype(ATTENTION))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _fetch(ahead: Any, token: int, kv_head: int, page: Any) -> None:
     """Ask for the same token and head of another page, whose address is `ahead`."""
     _, kv_heads, head_dim = page.shape
@@ -63,9 +63,9 @@ def _fetch(ahead: Any, token: int, kv_head: int, page: Any) -> None:
         prefetch(ahead + 4 * ((token * kv_heads + kv_head) * head_dim + at))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _score(first: int, stop: int, query: Any, keys: Any, ahead: Any, scores: Any, scaling: Any, softcap: Any) -> None:
-    """scaling · q kᵀ, capped, for KV heads from the first on and the tokens of a page: `scores` `[heads, tokens]`."""
+    """scaling · q kᵀ, capped, for KV heads from the first on and a page's tokens: `scores` `[their heads, tokens]`."""
     tokens, kv_heads, head_dim = keys.shape
     repeats = query.shape[0] // kv_heads
     for token in range(tokens):
@@ -75,12 +75,11 @@ def _score(first: int, stop: int, query: Any, keys: Any, ahead: Any, scores: Any
                 score = np.float32(0)
                 for at in range(head_dim):
                     score += query[head, at] * keys[token, kv_head, at]
-                scores[head, token] = score * scaling
-                if softcap > 0:
-                    scores[head, token] = softcap * np.tanh(score * scaling / softcap)
+                score *= scaling
+                scores[head - first * repeats, token] = softcap * np.tanh(score / softcap) if softcap > 0 else score
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _softmax(scores: Any, sink: Any) -> None:
     """In place over `scores` `[seen]` and one more that is not kept."""
     largest = sink
@@ -93,21 +92,22 @@ def _softmax(scores: Any, sink: Any) -> None:
     scores *= np.float32(1) / total
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _add_values(first: int, stop: int, weights: Any, values: Any, ahead: Any, output: Any) -> None:
-    """Add the weighted values of a page's tokens: `weights` `[heads, tokens]`, `output` `[heads, head_dim]`."""
+    """Add the weighted values of a page's tokens: `weights` `[heads of these KV heads, tokens]`, `output`
+    `[heads, head_dim]`."""
     tokens, kv_heads, head_dim = values.shape
     repeats = output.shape[0] // kv_heads
     for token in range(tokens):
         for kv_head in range(first, stop):
             _fetch(ahead, token, kv_head, values)
             for head in range(kv_head * repeats, (kv_head + 1) * repeats):
-                weight = weights[head, token]
+                weight = weights[head - first * repeats, token]
                 for at in range(head_dim):
                     output[head, at] += weight * values[token, kv_head, at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def write_token(call: Any, unit: int) -> None:
     """One of the step's keys and values into its slot."""
     width = call.kv_heads * call.head_dim
@@ -117,7 +117,7 @@ def write_token(call: Any, unit: int) -> None:
     values[:] = carray(floats(call.new_values + source), width)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def attend_share(call: Any, unit: int, likely: int) -> None:
     """A share of a row's heads. `likely` is the unit that this thread will have next, unless another takes it."""
     rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
@@ -134,7 +134,7 @@ def attend_share(call: Any, unit: int, likely: int) -> None:
     token, length, pages = tokens[row], lengths[row], tables[row]
     first = max(0, length - call.window) if call.window > 0 else 0
     begin, last = first // size, (length - 1) // size
-    scores = np.empty((heads, length), np.float32)
+    scores = np.empty(((heads_to - heads_from) * repeats, length), np.float32)
     first_values = call.values + page_bytes * pages[begin]
     for place in range(begin, last + 1):
         start, stop = max(first, place * size), min(length, (place + 1) * size)
@@ -143,7 +143,7 @@ def attend_share(call: Any, unit: int, likely: int) -> None:
         _score(heads_from, heads_to, queries[token], page, ahead, scores[:, start:stop], call.scaling, call.softcap)
     for head in range(heads_from * repeats, heads_to * repeats):
         sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
-        _softmax(scores[head, first:length], sink)
+        _softmax(scores[head - heads_from * repeats, first:length], sink)
         output[token, head] = 0
     next_row, next_part = likely // call.shares, likely % call.shares
     next_place = max(0, lengths[next_row] - call.window) // size if call.window > 0 else 0
@@ -156,7 +156,7 @@ def attend_share(call: Any, unit: int, likely: int) -> None:
         _add_values(heads_from, heads_to, scores[:, start:stop], page, ahead, output[token])
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+@kernel(_CALL_POINTER)
 def _write_and_attend(pointer: Any) -> None:
     """What each thread runs: tokens to be written, and when all are, shares of rows, as long as there are any."""
     calls = carray(pointer, 1)

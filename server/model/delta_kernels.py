@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from torch import Tensor
 
-from server.model.compiled import COMPILED, TorchThreads, floats, integers, take_unit
+from server.model.compiled import TorchThreads, floats, inlined, integers, kernel, take_unit
 from server.model.row_deltas import Blocks, DeltaKind, Kernel, Rows, TokenRows
 
 _FIELDS = (
@@ -53,17 +53,17 @@ COUNT = _FIELDS.index("count")
 """Its place in `delta_call`."""
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _token(call: Any, unit: int) -> Any:
     return integers(call.tokens)[unit] if call.tokens != 0 else call.start + unit
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _output(call: Any, unit: int) -> Any:
     return carray(floats(call.outputs + 4 * _token(call, unit) * call.output_stride), call.output_width)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _row(call: Any, place: Any, unit: int, rank: int, width: int) -> Any:
     """One of a token's rows of a block: `[width]`."""
     index, first, stride, step = place
@@ -71,17 +71,17 @@ def _row(call: Any, place: Any, unit: int, rank: int, width: int) -> Any:
     return carray(floats(call.pool + 4 * row * width), width)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _first_block(call: Any) -> Any:
     return call.index, call.first, call.index_stride, call.index_step
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _second_block(call: Any) -> Any:
     return call.second_index, call.second_first, call.second_stride, call.second_step
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def scale_token(call: Any, unit: int) -> None:
     """y ← y + y ⊙ c."""
     output = _output(call, unit)
@@ -90,7 +90,7 @@ def scale_token(call: Any, unit: int) -> None:
         output[at] += output[at] * change[at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def shift_token(call: Any, unit: int) -> None:
     """y ← y + c."""
     output = _output(call, unit)
@@ -99,7 +99,7 @@ def shift_token(call: Any, unit: int) -> None:
         output[at] += change[at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def update_token(call: Any, unit: int) -> None:
     """y ← y + Σ (a · x) b, over the rows a and b of the two blocks."""
     inputs = carray(floats(call.inputs + 4 * _token(call, unit) * call.input_stride), call.input_width)
@@ -117,7 +117,7 @@ def update_token(call: Any, unit: int) -> None:
 def _of_all(change_token: Any) -> Any:
     """What each thread runs: tokens, as long as there are any."""
 
-    @cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+    @kernel(_CALL_POINTER)
     def change(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
         unit = take_unit(pointer)

@@ -1,13 +1,13 @@
 """Finds the decoder layers of a base that have the usual form, and has them run as programs (`layer_programs`).
 
 A layer is tried on what the base itself passes to it at positions from the first to the last, and with norms that give
-less and more, so that neither an epsilon nor a bound on what follows them is missed. Nothing here knows a class by
-name.
+less and more, so that neither an epsilon nor a bound on what follows them is missed. Then all layers are tried
+together, within the base: what a class does between them must be nothing. Nothing here knows a class by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from server.model.agreement import agree
-from server.model.attention import Attention, AttentionOptions
+from server.model.attention import Attention, AttentionOptions, AttentionPlan, DecodeGroup
+from server.model.decode_kernel import DecodeKernel
 from server.model.fused import known_activation
+from server.model.gathered_attention import PagedAttention
+from server.model.kv_cache import KVCache, LayerShape
 from server.model.layer_programs import HEAD_NORMS, NORMS, PRODUCTS, LayerForm, LayerStack, either
 from server.model.programs import TRIED_TOKENS, Fields, Programs, multiplication, widths
 from server.model.sites import Sites
 
-_TRIALS = ((1e-3, 1e-3), (1.0, 1.0), (1.0, 1e2))  # magnitudes of a layer's input, and factors on what its norms give
-_Run = Callable[[Tensor, Attention], Any]  # the base, at positions `[TRIED_TOKENS]`
+TRIALS = ((1e-3, 1e-3), (1.0, 1.0), (1.0, 1e2))  # magnitudes of a layer's input, and factors on what its norms give
+Run = Callable[[Tensor, Attention], Tensor]
+"""The base: logits `[TRIED_TOKENS, vocabulary]` of some tokens at positions `[TRIED_TOKENS]`."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,16 @@ class _Recorder:
 
 @torch.inference_mode()
 def run_as_programs(
-    model: nn.Module, sites: Sites, programs: Programs, run: _Run, max_model_len: int
+    model: nn.Module,
+    sites: Sites,
+    programs: Programs,
+    layers: Sequence[LayerShape],
+    run: Run,
+    max_model_len: int,
 ) -> LayerStack | None:
     """Have the layers for which it is equal run as programs; None where there are none."""
     candidates = {name: parts for name, module in model.named_modules() if (parts := _parts(name, module, sites))}
-    positions = torch.linspace(1, max_model_len - 1, TRIED_TOKENS).long()
+    positions = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long()
     passed = _passed(model, candidates, partial(run, positions))
     forms = [
         form
@@ -91,15 +100,33 @@ def run_as_programs(
         if name in passed
         and (form := _equal_form(name, model.get_submodule(name), parts, programs, passed[name])) is not None
     ]
+    forms = [form for form in forms if form.shape == forms[0].shape]  # they share their buffers
     if not forms:
         return None
     steps = [passed[form.name] for form in forms]
-    is_chain = all(layer.follows(before) for before, layer in pairwise(steps))
-    stack = LayerStack(programs, forms, is_chain=is_chain)
-    for index, name in enumerate(stack.names):
-        module = model.get_submodule(name)
-        module.forward = either(stack, index, module.forward, sites.plan)
-    return stack
+    stack = LayerStack(programs, forms, is_chain=all(layer.follows(before) for before, layer in pairwise(steps)))
+    modules = [model.get_submodule(name) for name in stack.names]
+    attentions: list[Attention] = [_Recorder(), each_by_itself(layers)]  # two calls a layer, and one for all
+    expected = [run(positions, attention) for attention in attentions]
+    own = [module.forward for module in modules]
+    for index, module in enumerate(modules):
+        module.forward = either(stack, index, own[index], sites.plan)
+    given = [run(positions, attention) for attention in attentions]
+    if all(agree(each, other) for each, other in zip(given, expected, strict=True)):
+        return stack
+    for module, forward in zip(modules, own, strict=True):
+        module.forward = forward
+    return None
+
+
+def each_by_itself(layers: Sequence[LayerShape]) -> PagedAttention:
+    """The attention of a step of `TRIED_TOKENS` rows that each see their own token alone."""
+    rows = TRIED_TOKENS
+    cache = KVCache(layers, rows + 1, 1, dtype=torch.float32, device=torch.device("cpu"))
+    pages = torch.arange(1, rows + 1)
+    group = DecodeGroup(0, rows, pages[:, None], torch.ones(rows, dtype=torch.long))
+    plan = AttentionPlan(pages, None, torch.arange(rows), [group], [])
+    return PagedAttention(cache, plan, decode_kernel=DecodeKernel())
 
 
 def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:
@@ -111,18 +138,25 @@ def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:
         if operation is None:
             return None
         found[product] = operation
-    norms: dict[str, tuple[Tensor, float]] = {}
-    for each in NORMS + HEAD_NORMS:
-        norm = getattr(layer if each in NORMS else attention, each, None)
-        weight = getattr(norm, "weight", None)
-        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and isinstance(epsilon, float):
-            norms[each] = weight.detach().contiguous(), epsilon
+    norms = {
+        each: weighted
+        for each in NORMS + HEAD_NORMS
+        if (weighted := norm_weight(getattr(layer if each in NORMS else attention, each, None)))
+    }
     activation = known_activation(getattr(mlp, "act_fn", None))
     if activation is None or not norms.keys() >= set(NORMS):
         return None
     own = {product: f"{name}.{'self_attn' if hasattr(attention, product) else 'mlp'}.{product}" for product in PRODUCTS}
     return _Parts(found, own, norms, activation)
+
+
+def norm_weight(norm: object) -> tuple[Tensor, float] | None:
+    """Weight and epsilon of what looks like a root mean square norm that a kernel can compute."""
+    weight = getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or not isinstance(epsilon, float):
+        return None
+    return weight.detach().contiguous(), epsilon
 
 
 def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -167,12 +201,13 @@ def _equal_form(name: str, module: nn.Module, parts: _Parts, programs: Programs,
             return None
     recorder = _Recorder()
     given, others = passed.arguments[0], passed.arguments[1:]
-    trials = [(given * magnitude, factor) for magnitude, factor in _TRIALS]
+    trials = [(given * magnitude, factor) for magnitude, factor in TRIALS]
     own = []
     for hidden, factor in trials:
-        with _scaled_norms(module, factor):
+        with scaled([getattr(module, norm) for norm in NORMS], factor):
             own.append(module.forward(hidden, *others, **{**passed.named, "medley_attention": recorder}))
     is_usual = len(recorder.calls) == len(own) and all(isinstance(each, Tensor) for each in own)
+    is_usual = is_usual and all(call == recorder.calls[0] for call in recorder.calls)
     if not is_usual or not _fits(parts, recorder.calls[0], given, cos, sin):
         return None
     for offset in (0.0, 1.0):
@@ -220,9 +255,8 @@ def _agrees(
 
 
 @contextmanager
-def _scaled_norms(layer: nn.Module, factor: float) -> Iterator[None]:
-    """Inside the block a layer's norms, those of heads left out, give so many times what they give."""
-    norms = [getattr(layer, name) for name in NORMS]
+def scaled(norms: Sequence[nn.Module], factor: float) -> Iterator[None]:
+    """Inside the block norms give so many times what they give."""
     forwards = [norm.forward for norm in norms]
     for norm, forward in zip(norms, forwards, strict=True):
         norm.forward = partial(_scaled, forward, factor)

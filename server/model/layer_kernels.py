@@ -14,10 +14,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from torch import Tensor
 
-from server.model.compiled import COMPILED, TorchThreads, floats, take_unit
+from server.model.compiled import TorchThreads, floats, inlined, kernel, take_unit
 
 _FIELDS = (
     "taken",  # pieces
@@ -39,7 +39,7 @@ _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
 _PIECE = 2**15  # numbers: less is sooner done by one thread than two have begun
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def normalize(inputs: Any, outputs: Any, scale: Any, epsilon: Any) -> None:
     """y = w ⊙ x / √(mean of x² + ε), all `[width]`."""
     squares = np.float32(0)
@@ -50,7 +50,7 @@ def normalize(inputs: Any, outputs: Any, scale: Any, epsilon: Any) -> None:
         outputs[at] = inputs[at] * factor * scale[at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def turn(inputs: Any, outputs: Any, cos: Any, sin: Any) -> None:
     """Each dimension of each head with the one half the rotated width further: (a cos - b sin, b cos + a sin)."""
     heads, width = inputs.shape
@@ -64,7 +64,7 @@ def turn(inputs: Any, outputs: Any, cos: Any, sin: Any) -> None:
             outputs[head, at] = inputs[head, at]
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+@kernel(_CALL_POINTER)
 def _norm(pointer: Any) -> None:
     """Of each row."""
     call = carray(pointer, 1)[0]
@@ -79,7 +79,7 @@ def _norm(pointer: Any) -> None:
         piece = take_unit(pointer)
 
 
-@cfunc(types.void(_CALL_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+@kernel(_CALL_POINTER)
 def _rotate(pointer: Any) -> None:
     """Of each token."""
     call = carray(pointer, 1)[0]

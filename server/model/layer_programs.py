@@ -10,6 +10,7 @@ adapters change at a layer's linear modules are operations among the others, whe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,11 @@ class LayerForm:
     head_dim: int
     rotary_width: int
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """All widths."""
+        return (*[widths(self.products[name]) for name in PRODUCTS], *self.heads.values(), self.head_dim)
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -71,6 +77,7 @@ class _Step:
     program: Program
     parts: list[tuple[int, int, int] | None]  # of each layer its first operation, its attention, one past its last
     writes: np.ndarray[Any, Any]  # the operations that write keys and values; the one behind each attends
+    tail: int  # the first operation behind the layers
     is_closed: bool  # the plan has nothing else than these operations
 
 
@@ -94,16 +101,14 @@ class _Change:
 
 
 class LayerStack:
-    """Layers of a base, each of which gets what the one before it gives."""
+    """Layers of a base that are alike in `LayerForm.shape`."""
 
-    def __init__(
-        self, programs: Programs, forms: Sequence[LayerForm], *, is_chain: bool, tail: Tail | None = None
-    ) -> None:
+    def __init__(self, programs: Programs, forms: Sequence[LayerForm], *, is_chain: bool) -> None:
         """`is_chain`: the base passes a layer's output to the next one as it is, and the same angles to all."""
         self.names = [form.name for form in forms]
         self._programs = programs
         self._forms = forms
-        self._tail = tail
+        self._tail: Tail | None = None
         self._is_chain = is_chain
         self._barrier = programs.barrier
         products = forms[0].products
@@ -121,19 +126,21 @@ class LayerStack:
             for name, number in layer_fields(query, keys, values, attended, form.options, 0).items():
                 record[name] = number
         self._chunks = [self._chunks_of(index) for index in range(len(forms))]
-        self._cache: KVCache | None = None  # whose pages the records name
+        self._cache: Callable[[], KVCache | None] = lambda: None  # a weak reference to the one whose pages records name
         self._kept: object = None  # what else they name
-        self._plain = self._compiled({})
-        self._last = self._plain
-        self._result: Tensor | None = None  # of all layers, until each has been asked for its own
+        self._angles: tuple[Tensor, Tensor] | None = None  # of the step under way
+        self._plain = self._last = self._compiled({})
+        self._result: Tensor | None = None  # of all layers, until the last one has been asked for its own
 
     def is_whole(self, layers: int) -> bool:
         """Whether these are all of a base's layers, one behind the other."""
         return self._is_chain and len(self._forms) == layers
 
-    def with_tail(self, tail: Tail) -> LayerStack:
-        """The same layers, and what is behind them."""
-        return LayerStack(self._programs, self._forms, is_chain=self._is_chain, tail=tail)
+    def set_tail(self, tail: Tail | None) -> None:
+        """What `logits` has behind the layers."""
+        self._tail = tail
+        self._chunks = [self._chunks_of(index) for index in range(len(self._forms))]
+        self._plain = self._last = self._compiled({})
 
     def step(self, plan: SitePlan) -> _Step:
         """The program for a plan, kept while it is the same."""
@@ -146,60 +153,67 @@ class LayerStack:
     def forward(
         self, index: int, plan: SitePlan, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> Tensor | None:
-        """A layer's output for `hidden` `[1, tokens, width]`, valid until the next step; `cos` and `sin` are
-        `[1, tokens, rotary width]`. None where the layer has deltas that are no operations."""
-        if hidden is self._result:  # what all layers together have given
+        """A layer's output for `hidden` `[1, tokens, width]`; `cos` and `sin` are `[1, tokens, rotary width]`.
+
+        None where the layer has deltas that are no operations.
+        """
+        if hidden is self._result:  # all layers have run
+            if index == len(self._forms) - 1:
+                self._result = None
             return hidden
         step = self.step(plan)
         part = step.parts[index]
         if part is None:
             return None
-        angles = self._begin(step, hidden, cos, sin)
-        tokens, program = hidden.shape[1], step.program
-        is_whole = index == 0 and self._is_chain and None not in step.parts
-        if is_whole and isinstance(attention, PagedAttention) and attention.only_decodes:
+        self._begin(step, hidden, cos, sin)
+        tokens = hidden.shape[1]
+        is_all = index == 0 and self._is_chain and None not in step.parts
+        if is_all and isinstance(attention, PagedAttention) and attention.only_decodes:
             self._describe_attention(step, attention, tokens)
-            program.run()
-            self._result = self._numbers["hidden"][None, :tokens]
-            return self._result
-        form = self._forms[index]
+            step.program.run(0, step.tail)
+            outputs = self._numbers["hidden"][None, :tokens].clone()
+            self._result = outputs if len(self._forms) > 1 else None
+            return outputs
+        self._run_layer(step, part, self._forms[index], attention, tokens)
+        return self._numbers["hidden"][None, :tokens].clone()
+
+    def _run_layer(
+        self, step: _Step, part: tuple[int, int, int], form: LayerForm, attention: Attention, tokens: int
+    ) -> None:
+        """One layer around its attention."""
         start, attends, stop = part
-        program.run(start, attends)
+        step.program.run(start, attends)
         query, keys, values = (self._heads(name, form)[:tokens] for name in "qkv")
         attended = attention.attend(form.layer, query, keys, values, form.options)
         self._heads("attended", form)[:tokens].copy_(attended)
-        program.run(attends + 2, stop)
-        del angles  # until here their addresses are read
-        return self._numbers["hidden"][None, :tokens]
+        step.program.run(attends + 2, stop)
 
-    def run_all(self, plan: SitePlan, hidden: Tensor, cos: Tensor, sin: Tensor, attention: PagedAttention) -> Tensor:
+    def logits(self, plan: SitePlan, hidden: Tensor, cos: Tensor, sin: Tensor, attention: PagedAttention) -> Tensor:
         """The logits `[tokens, vocabulary]` of a step whose rows all decode, under a plan that is closed; arguments as
         of `forward`, of a stack that has a tail."""
         assert self._tail is not None, "it has an output layer"
         step = self.step(plan)
-        angles = self._begin(step, hidden, cos, sin)
+        self._begin(step, hidden, cos, sin)
         tokens = hidden.shape[1]
         self._describe_attention(step, attention, tokens)
         logits = torch.empty(tokens, widths(self._tail.product)[1], dtype=torch.float32)
         step.program.records["outputs"][-1] = logits.data_ptr()
         step.program.run()
-        del angles  # until here their addresses are read
         return logits
 
-    def _begin(self, step: _Step, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Give a program what the layers are given; the angles, which the caller keeps."""
+    def _begin(self, step: _Step, hidden: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Give a program what the layers are given."""
         tokens, records = hidden.shape[1], step.program.records
         step.program.share(tokens)
         self._numbers["hidden"][:tokens].copy_(hidden[0])
-        cos, sin = cos.contiguous(), sin.contiguous()
+        self._angles = cos, sin = cos.contiguous(), sin.contiguous()
         records["cos"], records["sin"] = cos.data_ptr(), sin.data_ptr()
-        return cos, sin
 
     def _describe_attention(self, step: _Step, attention: PagedAttention, tokens: int) -> None:
         """Tell the operations that attend what the step's rows are."""
         records = self._attention
-        if self._cache is not attention.cache:
-            self._cache = attention.cache
+        if self._cache() is not attention.cache:
+            self._cache = weakref.ref(attention.cache)
             for record, form in zip(records, self._forms, strict=True):
                 for name, number in page_fields(attention.cache.layers[form.layer]).items():
                     record[name] = number
@@ -239,7 +253,7 @@ class LayerStack:
         records["described"][changed] = deltas.ctypes.data + np.arange(len(calls)) * DELTA.itemsize
         known = {site for form in self._forms for site in form.sites.values()}
         is_closed = None not in parts and plan.keys() <= known
-        return _Step(plan, self._programs.program(records, (plan, deltas)), parts, np.array(writes), is_closed)
+        return _Step(plan, self._programs.program(records, (plan, deltas)), parts, np.array(writes), at, is_closed)
 
     def _tail_pieces(self) -> list[Records]:
         if self._tail is None:
@@ -255,7 +269,8 @@ class LayerStack:
     def _pieces(
         self, chunks: dict[str, Records], changes: dict[str, _Change], calls: list[tuple[int, ...]]
     ) -> tuple[list[Records], list[Records]]:
-        """A layer's operations before its attention, and from it on; what the deltas' are told goes to `calls`."""
+        """A layer's operations before its attention, and from it on; what those of deltas are told goes to `calls`, in
+        their order."""
 
         def change(place: str) -> list[Records]:
             return list(self._described(changes[place], calls)) if place in changes else []
@@ -273,7 +288,8 @@ class LayerStack:
         """Levels one behind the other, for they change the same numbers; those of one level do not."""
         for _, deltas in sorted(change.levels.items()):
             records = np.zeros(len(deltas), OPERATION)
-            records["kind"], records["units"] = zip(*[(kind, call[COUNT]) for kind, call in deltas], strict=True)
+            records["kind"] = [kind for kind, _ in deltas]
+            records["units"] = [call[COUNT] for _, call in deltas]
             records["barrier"][-1] = self._barrier
             calls += [call for _, call in deltas]
             yield records
@@ -298,7 +314,8 @@ class LayerStack:
                     place, order, call = f"before {product}", -level, delta_call(inputs, inputs, tokens, blocks)
                 else:
                     place, order, call = _place(product), level, delta_call(inputs, outputs, tokens, blocks)
-                changes.setdefault(place, _Change()).add(order, _KINDS[kernel.operation], call)
+                if call[COUNT]:
+                    changes.setdefault(place, _Change()).add(order, _KINDS[kernel.operation], call)
         return changes
 
     def _passed(self, product: str, form: LayerForm) -> tuple[Numbers, Numbers]:
@@ -321,7 +338,7 @@ class LayerStack:
             following = self._forms[index + 1].products["q_proj"]
         products = form.products
         q, k, v, o, gate, up, down = (products[name] for name in PRODUCTS)
-        both = self._programs.gated_operation(gate, up, form.activation)
+        gated = self._programs.gated_operation(gate, up, form.activation)
         described: Fields = {"described": self._attention.ctypes.data + index * ATTENTION.itemsize}
         no_wait = {"barrier": 0}
         heads = {name: (form.heads[name], numbers[name]) for name in "qk"}
@@ -350,7 +367,7 @@ class LayerStack:
             "o_proj": [
                 _leading(o, gate) | _between(numbers["attended"], numbers["middle"]) | {"added": numbers["hidden"]}
             ],
-            "gated": [second_norm, _leading(both, down) | _between(numbers["normed"], numbers["gated"])],
+            "gated": [second_norm, _leading(gated, down) | _between(numbers["normed"], numbers["gated"])],
             "gate and up": [
                 second_norm,
                 _leading(gate, up) | _between(numbers["normed"], numbers["gated"]) | no_wait,

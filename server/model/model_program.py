@@ -3,13 +3,13 @@ norm and the output layer.
 
 What a class does around its layers takes longer than the layers themselves where the base is small and the row is one.
 The angles of the positions are still the class's own. The pass is tried against the class's forward when the base is
-loaded, at positions from the first to the last and with small and large embeddings; where they differ by more than
-rounding (the class scales its embeddings, say, or caps its logits) the class's own forward stays.
+loaded, at positions from the first to the last and with a last norm that gives less and more; where they differ by more
+than rounding (the class scales its embeddings, say, or caps its logits) the class's own forward stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.model.agreement import MAGNITUDES, agree
-from server.model.attention import Attention, AttentionPlan, DecodeGroup
-from server.model.decode_kernel import DecodeKernel
+from server.model.agreement import agree
+from server.model.attention import Attention
 from server.model.gathered_attention import PagedAttention
-from server.model.kv_cache import KVCache, LayerShape
+from server.model.kv_cache import LayerShape
+from server.model.layer_forms import TRIALS, each_by_itself, norm_weight, scaled
 from server.model.layer_programs import LayerStack, Tail
 from server.model.program_kernels import MOST_TOKENS
 from server.model.programs import TRIED_TOKENS, multiplication
@@ -67,7 +67,7 @@ class ModelProgram:
         call = self.angles
         named = {name: now(given) for name, given in call.named.items()}
         cos, sin = call.module(*map(now, call.arguments), **named)
-        return self.stack.run_all(plan, hidden, cos, sin, attention)
+        return self.stack.logits(plan, hidden, cos, sin, attention)
 
 
 @torch.inference_mode()
@@ -76,54 +76,45 @@ def find_model_program(
     head: nn.Module | None,
     sites: Sites,
     stack: LayerStack,
-    layers: tuple[LayerShape, ...],
+    layers: Sequence[LayerShape],
+    embeddings: Tensor,
     forward: _Forward,
-    embed: Callable[[Tensor], Tensor],
     max_model_len: int,
 ) -> ModelProgram | None:
-    """The program that gives what the class's `forward` gives; it takes the place of the stack's own. None where there
-    is none."""
+    """The program that gives what the class's `forward` gives, tried on `embeddings` `[TRIED_TOKENS, hidden]`.
+
+    None where there is none. `stack` has been found to give what the class's own layers do.
+    """
     output = multiplication(head) if head is not None and sites.is_packed(head) else None
     if output is None or not stack.is_whole(len(layers)):
         return None
-    positions = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long()
-    embeddings = embed(torch.arange(TRIED_TOKENS))
-    attention = _each_by_itself(layers)
+    positions, attention = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long(), each_by_itself(layers)
     with _calls(model) as calls:
         forward(embeddings, positions, attention)
     first, last = (_of(calls, model.get_submodule(name)) for name in (stack.names[0], stack.names[-1]))
     angles = first.named.get("position_embeddings")
     rotary = next((call for call in calls if call.output is angles), None)
-    behind = (call for call in calls if call.arguments and call.arguments[0] is last.output)
-    norm = next((call for call in behind if _is_norm(call.module)), None)
-    if rotary is None or norm is None:
+    behind = (call.module for call in calls if call.arguments and call.arguments[0] is last.output)
+    norm, weighted = next(((module, found) for module in behind if (found := norm_weight(module))), (None, None))
+    if rotary is None or norm is None or weighted is None:
         return None
-    weight, epsilon = norm.module.weight, getattr(norm.module, "variance_epsilon", getattr(norm.module, "eps", None))
-    assert isinstance(weight, Tensor)
+    expected = []
+    for magnitude, factor in TRIALS:
+        with scaled([norm], factor):
+            expected.append(forward(embeddings * magnitude, positions, attention))
+    program = ModelProgram(stack, rotary)
+    weight, epsilon = weighted
     for offset in (0.0, 1.0):  # what a class adds to a norm's weight
-        tail = Tail(weight + offset if offset else weight, float(epsilon), output)  # type: ignore[arg-type]
-        candidate = ModelProgram(stack.with_tail(tail), rotary)
-        if all(_gives(candidate, embeddings * magnitude, positions, attention, forward) for magnitude in MAGNITUDES):
-            return candidate
+        scale = weight + offset if offset else weight
+        given = []
+        for magnitude, factor in TRIALS:
+            stack.set_tail(Tail(scale * factor, epsilon, output))
+            given.append(program.forward(embeddings * magnitude, positions, attention, {}))
+        if all(logits is not None and agree(logits, own) for logits, own in zip(given, expected, strict=True)):
+            stack.set_tail(Tail(scale, epsilon, output))
+            return program
+    stack.set_tail(None)
     return None
-
-
-def _gives(
-    program: ModelProgram, embeddings: Tensor, positions: Tensor, attention: Attention, forward: _Forward
-) -> bool:
-    expected = forward(embeddings, positions, attention)
-    given = program.forward(embeddings, positions, attention, {})
-    return given is not None and agree(given, expected)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether it looks like a root mean square norm that a kernel can compute."""
-    weight, epsilon = (
-        module._parameters.get("weight"),
-        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-    )
-    is_vector = weight is not None and weight.dim() == 1 and weight.dtype == torch.float32
-    return is_vector and isinstance(epsilon, float) and len(module._parameters) == 1
 
 
 def _of(calls: list[_Call], module: nn.Module) -> _Call:
@@ -144,13 +135,3 @@ def _calls(model: nn.Module) -> Iterator[list[_Call]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _each_by_itself(layers: tuple[LayerShape, ...]) -> PagedAttention:
-    """Attention of `TRIED_TOKENS` rows that each see their own token alone."""
-    rows = TRIED_TOKENS
-    cache = KVCache(layers, rows + 1, 1, dtype=torch.float32, device=torch.device("cpu"))
-    pages = torch.arange(1, rows + 1)
-    group = DecodeGroup(0, rows, pages[:, None], torch.ones(rows, dtype=torch.long))
-    plan = AttentionPlan(pages, None, torch.arange(rows), [group], [])
-    return PagedAttention(cache, plan, decode_kernel=DecodeKernel())

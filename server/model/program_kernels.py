@@ -13,9 +13,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 
-from server.model.compiled import COMPILED, add_to, call_at, clock, exponential, floats, pointer_to, take_unit
+from server.model.compiled import add_to, call_at, clock, exponential, floats, inlined, kernel, pointer_to, take_unit
 from server.model.decode_kernel import ATTENTION, attend_share, write_token
 from server.model.delta_kernels import DELTA, scale_token, shift_token, update_token
 from server.model.layer_kernels import normalize, turn
@@ -74,13 +74,13 @@ _at, _attention_at, _delta_at = (
 _CYCLES = 8 * _FIELDS.index("cycles")  # bytes from an operation's beginning
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _tokens_of(call: Any, unit: int) -> Any:
     share = unit % call.shares
     return range(share * call.tokens // call.shares, (share + 1) * call.tokens // call.shares)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _block_of(call: Any, unit: int, token: int, numbers: Any) -> Any:
     """What a unit has of a token's numbers `[tokens, output_width]`, given by address."""
     first = unit // call.shares * BLOCK
@@ -88,7 +88,7 @@ def _block_of(call: Any, unit: int, token: int, numbers: Any) -> Any:
     return carray(floats(place), min(BLOCK, call.output_width - first))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _following(call: Any, unit: int) -> Any:
     """Address of the weights that a thread which has this unit now will likely have next."""
     block = (unit + call.threads) // call.shares
@@ -100,7 +100,7 @@ def _following(call: Any, unit: int) -> Any:
     return np.int64(0)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _add_products(
     inputs: Any, input_width: int, tokens: int, weight: Any, outputs: Any, stride: int, ahead: Any
 ) -> None:
@@ -132,7 +132,7 @@ def _add_products(
             )
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _multiply(call: Any, unit: int, weight: Any, bias: Any, outputs: Any, ahead: Any) -> None:
     """x Wᵀ + b for a unit's tokens and block of outputs."""
     block, tokens = unit // call.shares, _tokens_of(call, unit)
@@ -153,14 +153,14 @@ def _multiply(call: Any, unit: int, weight: Any, bias: Any, outputs: Any, ahead:
             _block_of(call, unit, token, outputs)[:] = filled[token - tokens.start, :width]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _begin(sums: Any, bias: Any, block: int) -> None:
     """What products are added to."""
     for at in range(len(sums)):
         sums[at] = floats(bias)[block * BLOCK + at] if bias != 0 else np.float32(0)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _activated(activation: int, x: Any) -> Any:
     if activation == _SWISH:
         return x / (np.float32(1) + exponential(-x))
@@ -172,7 +172,7 @@ def _activated(activation: int, x: Any) -> Any:
     return np.float32(0) if x < 0 else x
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _product(call: Any, unit: int) -> None:
     """y = x Wᵀ + b + a."""
     _multiply(call, unit, call.weight, call.bias, call.outputs, _following(call, unit))
@@ -183,7 +183,7 @@ def _product(call: Any, unit: int) -> None:
                 output[at] += added[at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _gate(activation: int, outputs: Any, up: Any) -> None:
     """y ← f(y) ⊙ u, neighbouring numbers; the commonest in loops of their own, which have vectors then."""
     if activation == _SWISH:
@@ -197,7 +197,7 @@ def _gate(activation: int, outputs: Any, up: Any) -> None:
             outputs[at] = _activated(activation, outputs[at]) * up[at]
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _gated(call: Any, unit: int) -> None:
     """y = f(x Wᵀ + b) ⊙ (x Uᵀ + c)."""
     up_weight = call.up_weight + _ROW * (unit // call.shares) * call.input_width
@@ -208,7 +208,7 @@ def _gated(call: Any, unit: int) -> None:
         _gate(call.activation, output, up)
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _gate_token(call: Any, token: int) -> None:
     """The same for a token whose two products are there."""
     place = 4 * token * call.output_width
@@ -216,7 +216,7 @@ def _gate_token(call: Any, token: int) -> None:
     _gate(call.activation, carray(outputs, call.output_width), carray(up, call.output_width))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _normalized(call: Any, token: int) -> None:
     """y = w ⊙ x / √(mean of x² + ε), for each of a token's heads."""
     width = call.input_width
@@ -226,7 +226,7 @@ def _normalized(call: Any, token: int) -> None:
         normalize(inputs, outputs, carray(floats(call.scale), width), np.float32(call.epsilon))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _rotated(call: Any, token: int) -> None:
     """A token's heads, turned by its angles."""
     shape, place = (call.heads, call.output_width), 4 * token * call.heads * call.output_width
@@ -236,7 +236,7 @@ def _rotated(call: Any, token: int) -> None:
     turn(inputs, outputs, carray(cos, call.rotary_width), carray(sin, call.rotary_width))
 
 
-@njit(**COMPILED)  # type: ignore[untyped-decorator]
+@inlined
 def _do(call: Any, unit: int) -> None:
     """One unit of an operation's work."""
     kind = call.kind
@@ -262,7 +262,7 @@ def _do(call: Any, unit: int) -> None:
         update_token(carray(_delta_at(call.described), 1)[0], unit)
 
 
-@cfunc(types.void(_POINTER), **COMPILED)  # type: ignore[untyped-decorator]
+@kernel(_POINTER)
 def run_all(pointer: Any) -> None:
     """What each thread runs: an array of operations, one after the other."""
     rest = carray(pointer, 1)[0].rest

@@ -106,7 +106,10 @@ class Programs:
 
     def buffer(self, name: str, width: int) -> Tensor:
         """`[MOST_TOKENS, width]`, the same for all who ask for this name and width."""
-        return self._buffers.setdefault(f"{name} {width}", torch.zeros(MOST_TOKENS, width, dtype=torch.float32))
+        key = f"{name} {width}"
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(MOST_TOKENS, width, dtype=torch.float32)
+        return self._buffers[key]
 
     def product(self, module: nn.Module, own: Product) -> Product:
         """A packed module's product, x Wᵀ + b, by a program; `own` is the one for any number of tokens."""

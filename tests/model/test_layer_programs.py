@@ -132,6 +132,20 @@ def test_a_bound_on_large_values_keeps_the_class_s_own() -> None:
 
 
 @torch.inference_mode()
+def test_layers_of_another_width_keep_their_own() -> None:
+    model = tiny_base("llama")
+    config = deepcopy(model.config)
+    config.intermediate_size *= 2
+    layers: Any = model.model.layers
+    layers[1].mlp = type(layers[1].mlp)(config).requires_grad_(False)
+    ids = torch.arange(20)
+    base = FrozenBase(deepcopy(model))
+    assert base.layer_programs == ["model.layers.0"]
+    expected, _ = _own(model, ids, ids)
+    torch.testing.assert_close(base.forward(base.embed(ids), ids, Mixing(), {}, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_a_step_without_tokens_is_the_class_s_own_matter() -> None:
     base = FrozenBase(tiny_base("llama"))
     nothing = torch.empty(0, dtype=torch.long)
