@@ -132,6 +132,18 @@ def test_a_bound_on_large_values_keeps_the_class_s_own() -> None:
 
 
 @torch.inference_mode()
+def test_a_class_that_changes_what_one_layer_passes_to_the_next_keeps_its_own_layers() -> None:
+    model = tiny_base("llama")
+    layers: Any = model.model.layers
+
+    def change(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        arguments[0].add_(1)  # in place: the next layer is given the very tensor that this one gave
+
+    layers[1].register_forward_pre_hook(change)
+    assert FrozenBase(model).layer_programs == []
+
+
+@torch.inference_mode()
 def test_layers_of_another_width_keep_their_own() -> None:
     model = tiny_base("llama")
     config = deepcopy(model.config)
@@ -165,14 +177,14 @@ def test_bases_take_steps_in_turn() -> None:
 
 @pytest.mark.usefixtures("threads")
 @torch.inference_mode()
-def test_tokens_are_computed_alike_in_every_company() -> None:
+def test_a_token_s_logits_are_the_same_to_the_bit_in_every_company() -> None:
     base = FrozenBase(tiny_base("qwen3"))
     ids, positions = torch.arange(9), torch.arange(9) + 3
     together = base.forward(base.embed(ids), positions, Mixing(), {}, torch.arange(9))
     for start, stop in ((0, 1), (1, 3), (3, 6), (5, 9)):
         part = slice(start, stop)
         logits = base.forward(base.embed(ids[part]), positions[part], Mixing(), {}, torch.arange(stop - start))
-        torch.testing.assert_close(logits, together[part], rtol=1e-4, atol=1e-4)
+        assert torch.equal(logits, together[part])
 
 
 def _delta(kind: str, site: SiteShape, generator: torch.Generator) -> RowDelta:

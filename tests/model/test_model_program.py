@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.model import AttentionPlan, FrozenBase, KVCache, PagedAttention, SitePlan
-from server.model.attention import DecodeGroup, PrefillRow
+from server.model.attention import IMPLEMENTATION, DecodeGroup, PrefillRow
 from server.model.decode_kernel import DecodeKernel
 from server.model.model_program import ModelProgram
 from tests.model.test_layer_programs import segment_at
@@ -31,11 +33,36 @@ def _granite(**changes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+Forward = Callable[[Tensor, Tensor, PagedAttention, SitePlan], Tensor]  # token ids, positions → logits
+
+
+def _by_base(base: FrozenBase) -> Forward:
+    def forward(ids: Tensor, positions: Tensor, attention: PagedAttention, plan: SitePlan) -> Tensor:
+        return base.forward(base.embed(ids), positions, attention, plan, torch.arange(len(ids)))
+
+    return forward
+
+
+def _by_class(model: PreTrainedModel) -> Forward:
+    """The class itself, nothing of it changed."""
+    model.set_attn_implementation(IMPLEMENTATION)
+
+    def forward(ids: Tensor, positions: Tensor, attention: PagedAttention, plan: SitePlan) -> Tensor:
+        assert not plan, "a class has no deltas"
+        inputs = model.get_input_embeddings()(ids[None])
+        output = model(inputs_embeds=inputs, position_ids=positions[None], use_cache=False, medley_attention=attention)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    return forward
+
+
 class _Rows:
     """Rows that decode, each with pages of its own, token after token."""
 
-    def __init__(self, base: FrozenBase, rows: int, *, by_kernel: bool = True) -> None:
-        self.base, self.rows, self.by_kernel = base, rows, by_kernel
+    def __init__(self, base: FrozenBase, rows: int, forward: Forward | None = None, *, by_kernel: bool = True) -> None:
+        """`forward` is the base's unless another is given."""
+        self.rows, self.forward, self.by_kernel = rows, forward or _by_base(base), by_kernel
         pages = 1 + rows * (LONGEST // PAGE)
         self.cache = KVCache(base.layers, pages, PAGE, dtype=torch.float32, device=torch.device("cpu"))
         self.cache.zero(range(pages))  # as the engine does for attention that gathers them
@@ -53,7 +80,7 @@ class _Rows:
             decode_kernel=DecodeKernel() if self.by_kernel else None,
         )
         ids = (tokens * 7 + at * 3) % VOCABULARY
-        return self.base.forward(self.base.embed(ids), torch.full((self.rows,), at), attention, plan or {}, tokens)
+        return self.forward(ids, torch.full((self.rows,), at), attention, plan or {})
 
 
 @pytest.fixture
@@ -77,13 +104,47 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @torch.inference_mode()
 def test_decode_steps_give_the_logits_of_the_class(architecture: str, rows: int, ran: list[bool]) -> None:
     model = tiny_base(architecture)
-    base, slow = FrozenBase(deepcopy(model)), FrozenBase(model)
+    base = FrozenBase(deepcopy(model))
     ran.clear()
-    slow._program = None
-    whole, expected = _Rows(base, rows), _Rows(slow, rows, by_kernel=False)
+    whole, expected = _Rows(base, rows), _Rows(base, rows, _by_class(model), by_kernel=False)
     for _ in range(LONGEST):
         torch.testing.assert_close(whole.step(), expected.step(), rtol=1e-4, atol=1e-4)
     assert ran == [True] * LONGEST
+
+
+@torch.inference_mode()
+def test_caches_numbers_of_rows_and_of_threads_may_change_from_step_to_step() -> None:
+    model = tiny_base("qwen3")
+    base, own = FrozenBase(deepcopy(model)), _by_class(model)
+    pairs = [(_Rows(base, rows), _Rows(base, rows, own, by_kernel=False)) for rows in (3, 1, 20)]
+    before = torch.get_num_threads()
+    try:
+        for at in range(3 * LONGEST):
+            torch.set_num_threads(1 + at % 4)
+            whole, expected = pairs[at % 3]
+            torch.testing.assert_close(whole.step(), expected.step(), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_a_cache_is_given_up_with_its_engine() -> None:
+    base = FrozenBase(tiny_base("llama"))
+    rows = _Rows(base, 2)
+    rows.step()
+    cache = weakref.ref(rows.cache)
+    del rows
+    assert cache() is None
+
+
+@torch.inference_mode()
+def test_a_bound_on_logits_that_only_large_ones_meet_keeps_the_class_s_own() -> None:
+    model = tiny_base("llama")
+    largest = float(model(torch.arange(20)[None] % VOCABULARY).logits.abs().max())
+    model.get_output_embeddings().register_forward_hook(lambda *call: call[-1].clamp(max=3 * largest))
+    base = FrozenBase(model)
+    assert base.layer_programs != []
+    assert base._program is None
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "phi3"])
@@ -129,6 +190,6 @@ def test_prompts_and_states_that_are_wanted_are_the_class_s(ran: list[bool]) -> 
     group = DecodeGroup(0, 1, torch.tensor([[1, 2]]), torch.tensor([6]))
     decode = AttentionPlan(torch.tensor([2 * PAGE + 1]), None, ids[:1], [group], [])
     attention = PagedAttention(cache, decode, decode_kernel=DecodeKernel())
-    base.forward(base.embed(ids[:1]), torch.tensor([5]), attention, {}, ids[:1], states)
+    given = base.forward(base.embed(ids[:1]), torch.tensor([5]), attention, {}, ids[:1], states)
     assert ran == [False]
-    assert states[0].shape == (1, base.shape.embedding_width)
+    torch.testing.assert_close(states[0] @ base.shape.weight("lm_head").t(), given, rtol=1e-4, atol=1e-4)

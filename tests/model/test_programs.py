@@ -78,6 +78,7 @@ def test_a_product_is_torch_s(widths: tuple[int, int], bias: bool) -> None:
         _near(program(inputs[0]), packed.expected(inputs[0]))
 
 
+@pytest.mark.usefixtures("threads")
 @torch.inference_mode()
 def test_a_token_s_product_is_the_same_to_the_bit_in_every_company() -> None:
     program = _program(_Packed(384, 200))
