@@ -26,5 +26,5 @@ def test_quick_mode_prints_every_client_with_its_share_and_a_verdict() -> None:
     assert int(hog[1]) > 0, "the hog overfills the queue"
     assert {refused for _, refused, _ in others} == {"0"}
     assert sum(float(ratio) for _, _, ratio in [hog, *others]) == pytest.approx(5, abs=0.01)
-    verdicts = re.findall(rf"client \d ÷ fair share +│ +{NUMBER} × │ +≥ 0\.8 │ (reached|not reached)", outcome.output)
+    verdicts = re.findall(rf"client \d ÷ fair share +│ +{NUMBER} × │ +≥ 0\.8 │ +(reached|not reached)", outcome.output)
     assert len(verdicts) == 4
