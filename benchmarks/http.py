@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,12 @@ from benchmarks.medley import Medley
 from benchmarks.servers import Served, ServerProcess, medley_server, served_medley, write_base
 from benchmarks.workload import Job, Workload
 from server.engine.protocol import StepOutput
+from server.settings import GIB
 
 IN_PROCESS = "in-process"
 _SETTLE_SECONDS = 2.0  # after the last answer, before the server counts as idle
-_KV_OPTION = ("--kv-cache-memory", "2")  # GiB
+_KV_OPTION = ("--kv-cache-memory", "2")  # GiB, of servers that are only started
+_ROUNDING = 1024  # bytes
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -197,7 +200,10 @@ def measure(workload: Workload, rounds: int, starts: int, idle: float) -> tuple[
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as folder:
         base = write_base(workload, Path(folder) / "base")
         started: Sequence[float] = start_seconds(base, starts)
-        with medley_server(base, *_KV_OPTION) as server, Medley(workload, num_prefixes=0) as medley:
+        with ExitStack() as stack:
+            medley = stack.enter_context(Medley(workload, num_prefixes=0))
+            memory = (medley.kv_bytes + _ROUNDING) / GIB  # the same: both go round as many pages
+            server = stack.enter_context(medley_server(base, "--kv-cache-memory", f"{memory:.9f}"))
             served = served_medley(server, workload.new_tokens)
             server.pause()
             measured = alternate(list(cases(workload, medley, served)), rounds)

@@ -11,7 +11,7 @@ from benchmarks.inprocess import default, drive, engine_limits, open_engine
 from benchmarks.workload import Job, Run, Workload
 from server.engine.pages import pages_for
 from server.engine.protocol import StepOutput
-from server.model import FrozenBase
+from server.model import FrozenBase, KVCache
 
 
 class Medley:
@@ -25,6 +25,8 @@ class Medley:
         pages += num_prefixes * pages_for(workload.virtual_tokens, page_size)
         room = {name: max(default(name), workload.requests) for name in ("max_seqs", "max_batch_tokens", "max_queue")}
         base = FrozenBase(random_base(workload.size, workload.length))
+        self.kv_bytes = (1 + pages) * KVCache.page_bytes(base.layers, page_size, base.dtype)
+        """Of the KV cache, the null page counted."""
         self._stack = ExitStack()
         self.engine = self._stack.enter_context(open_engine(base, engine_limits(pages, **room)))
 
