@@ -221,10 +221,11 @@ class BatchBuilder:
         return tokens, slots
 
     def _decode_groups(self, rows: list[tuple[Placed, list[int]]]) -> Iterable[list[tuple[Placed, list[int]]]]:
-        """Rows of like length together, each group's pages of one layer small enough to stay in the cache."""
+        """Rows of like length together, each group's pages of one layer small enough to stay in the cache; the longest
+        first, for threads take rows one by one, and a long one that is taken last is waited for."""
         group: list[tuple[Placed, list[int]]] = []
-        for row in sorted(rows, key=lambda row: len(row[1])):
-            if group and (len(group) + 1) * len(row[1]) > self._gathered_pages:
+        for row in sorted(rows, key=lambda row: len(row[1]), reverse=True):
+            if group and (len(group) + 1) * len(group[0][1]) > self._gathered_pages:
                 yield group
                 group = []
             group.append(row)
