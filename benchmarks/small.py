@@ -49,7 +49,7 @@ from server.engine.runner import Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.model import FrozenBase, PagedAttention, products
-from server.model.program_kernels import ATTEND, GATED, PRODUCT, WRITE
+from server.model.program_kernels import Kind
 from server.model.programs import Program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -63,7 +63,7 @@ _PARTS: dict[str, tuple[type, str]] = {  # what is timed, by what it is called h
     "attention": (PagedAttention, "attend"),
     "sampling": (Sampler, "choose"),
 }
-_OPERATIONS = {"products": (PRODUCT, GATED), "attention": (WRITE, ATTEND)}  # of programs
+_OPERATIONS = {"products": (Kind.PRODUCT, Kind.GATED), "attention": (Kind.WRITE, Kind.ATTEND)}  # of programs
 _PRODUCTS = ("pack", "activated", "multiplied")  # of `server.model.products`: what makes a module's product
 
 

@@ -4,9 +4,9 @@ of scheduling."""
 
 from server.model.attention import AttentionPlan, DecodeGroup, PrefillRow, VarlenRows
 from server.model.base import BaseShape, FrozenBase, TokenEmbedding
-from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
 from server.model.norms import NormForm
+from server.model.paged_attention import PagedAttention
 from server.model.row_deltas import DeltaKind, RowDelta, Rows, RunRows, Segment, SitePlan, TokenRows
 from server.model.sites import SiteKind, Sites, SiteShape
 from server.model.varlen_attention import VarlenAttention

@@ -5,8 +5,8 @@ and values are written into the pages first; then every row attends to its own p
 what another row of the same step has just written: that is how requests share a prefix in the step that
 computes it.
 
-An `Attention` does both for one step. There are two: `server.model.gathered_attention` copies a row's pages side by
-side and works everywhere; `server.model.varlen_attention` lets a CUDA kernel read the pages where they are.
+An `Attention` does both for one step. There are two: `server.model.paged_attention` works everywhere;
+`server.model.varlen_attention` has a CUDA kernel read the pages of all rows where they are.
 
 The registered function looks for an `Attention` in the keyword arguments that the model passes through; the
 model's own module, unmodified, calls it. What a model passes that is not honoured here is found by the probe

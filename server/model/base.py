@@ -30,6 +30,7 @@ from server.model.probe import probe
 from server.model.products import dense_weight
 from server.model.row_deltas import SitePlan, change_outputs
 from server.model.sites import SiteKind, Sites, SiteShape
+from server.model.threads import check_threads
 
 if TYPE_CHECKING:
     from server.model.model_program import ModelProgram
@@ -82,6 +83,9 @@ class FrozenBase:
 
     def __init__(self, model: PreTrainedModel, max_model_len: int | None = None) -> None:
         """Freeze, probe and wrap `model`. Raises `StartupError` where it cannot be served right."""
+        if model.device.type == "cpu":
+            check_threads()
+            keep_freed_memory()
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.parameters: int = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
@@ -94,8 +98,6 @@ class FrozenBase:
         self._program: ModelProgram | None = None
         programs = self.kernels and self.kernels.programs
         self.sites = Sites(model, model.get_output_embeddings(), programs)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         norms = dict(find_norms(model))
         fuse(model, self.sites, self.kernels and self.kernels.layers, programs)
         self.blocks = self._add_traced_sites(norms)
@@ -251,9 +253,8 @@ class FrozenBase:
         """Run a packed step.
 
         `embeddings` `[num_tokens, hidden]`, `positions` `[num_tokens]`; `logit_tokens` `[n]` are the indices, in
-        ascending order, of the tokens whose logits are wanted. Returns float32 `[n, vocabulary]` from the
-        class's own head, so that its caps and scales hold. What that head was given, `[n, hidden]`, is added to
-        `states` if there are any.
+        ascending order, of the tokens whose logits are wanted. Returns float32 `[n, vocabulary]`, with the class's
+        caps and scales. What its head is given, `[n, hidden]`, is added to `states` if there are any.
         """
         if self._program is not None and states is None and len(logit_tokens) == len(positions):
             given = self._program.forward(embeddings, positions, attention, deltas)

@@ -1,12 +1,8 @@
-"""What compiled kernels share: how they are compiled, and the threads that run them.
+"""What compiled kernels share: how they are compiled, and what LLVM has and numba has no name for.
 
 numba compiles them when they are first imported and keeps the result beside them (or where `NUMBA_CACHE_DIR` says).
-They run on the threads of the GNU OpenMP that torch has loaded, by `GOMP_parallel` (its interface: "libgomp ABI", GCC's
-manual). Threads of our own would share their cores with those, which go on spinning between two of torch's operations:
-measured on two cores, attention of a step took 34 ms so in place of 20.
-
-What numba keeps it compiles anew when the file of a function has changed, not when that of another one has which the
-function calls. So the names under which it keeps them have a digest of all files with kernels in them.
+It compiles a function anew when its file has changed, not when that of another one has which the function calls. So the
+names under which it keeps them have a digest of all files with kernels in them.
 
 A kernel's arguments are a record, or several, whose first field, `taken`, counts the units of work that threads have
 taken.
@@ -14,28 +10,41 @@ taken.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
+logger = logging.getLogger("medley.kernels")
+
+
+def can_keep() -> bool:
+    """Whether there is a folder for what numba compiles."""
+    try:
+        njit(cache=True)(can_keep)
+    except RuntimeError as error:
+        logger.warning("kernels are compiled at every start; set NUMBA_CACHE_DIR to a folder for them: %s", error)
+        return False
+    return True
+
+
 # Sums may be reordered, which lets them use the processor's vectors; NaN and infinity keep their meaning.
 COMPILED: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
     "error_model": "numpy",
-    "cache": True,
+    "cache": can_keep(),
 }
 
 _FILES = (
+    "activations.py",
     "compiled.py",
     "decode_kernel.py",
     "delta_kernels.py",
@@ -46,19 +55,39 @@ _FILES = (
 _SOURCES = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _FILES)).hexdigest()[:16]
 
 
-def inlined(function: Any) -> Any:
-    """A function that kernels call."""
-    return njit(**COMPILED)(_versioned(function))
+def inlined(function: Any, **options: Any) -> Any:
+    """A function that kernels call; `options` are numba's, where they are others."""
+    return njit(**{**COMPILED, **options})(_versioned(function))
 
 
 def kernel(pointer: Any) -> Callable[[Any], Any]:
     """A function that threads run, `void(record *)`; `pointer` is the type of its argument."""
-    return lambda function: cfunc(types.void(pointer), **COMPILED)(_versioned(function))
+
+    def compiled(function: Any) -> Any:
+        compile_or_load = cfunc(types.void(pointer), **COMPILED)
+        versioned = _versioned(function)
+        try:
+            return compile_or_load(versioned)
+        except Exception:
+            if not COMPILED["cache"]:
+                raise
+            _forget_kept(versioned)  # a damaged file may raise anything
+            return compile_or_load(versioned)
+
+    return compiled
 
 
 def _versioned(function: Any) -> Any:
     function.__qualname__ += f".{_SOURCES}"
     return function
+
+
+def _forget_kept(function: Any) -> None:
+    """Remove what numba keeps of all kernels: a lost power supply may leave files of which only the names were written,
+    and numba reads them without a check."""
+    folder = Path(njit(**COMPILED)(function).stats.cache_path)
+    for path in folder.glob(f"*.{_SOURCES}-*"):
+        path.unlink(missing_ok=True)
 
 
 # Of "LLVM Language Reference", llvm.prefetch: into the cache from the second level on, to be read, as data.
@@ -117,7 +146,7 @@ def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(**{**COMPILED, "fastmath": {"contract"}})  # type: ignore[untyped-decorator]  # sums in their order
+@partial(inlined, fastmath={"contract"})  # sums in their order
 def exponential(x: Any) -> Any:
     """eˣ in float32 to within 2 ulp, in operations that a loop's vectors have; below -87.3 that of -87.3, above 88.3
     infinity.
@@ -164,7 +193,7 @@ def add_to(typing_context: Any, address: Any, number: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call_at(typing_context: Any, address: Any) -> Any:
+def call_address(typing_context: Any, address: Any) -> Any:
     """Call the function at an address, `void()`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -177,23 +206,3 @@ def call_at(typing_context: Any, address: Any) -> Any:
 
 floats, integers = pointer_to(types.float32), pointer_to(types.int64)
 """From an address to the numbers there."""
-
-
-class TorchThreads:
-    """The threads of torch's OpenMP."""
-
-    def __init__(self) -> None:
-        """Raises `OSError` where torch has not loaded GNU OpenMP."""
-        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-        self._parallel = openmp.GOMP_parallel
-        self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        self._parallel.restype = None
-        self.barrier = ctypes.cast(openmp.GOMP_barrier, ctypes.c_void_p).value or 0
-        """Address of the function in which a kernel's threads wait until all of them have come."""
-
-    def run(self, kernel: Any, record: int, pieces: int) -> None:
-        """Run a compiled function, `void(record *)`, on all of them, and wait; a single piece of work on this one.
-
-        `record` is an address. Not on some of them: GNU OpenMP then ends the others, and starts them anew next time.
-        """
-        self._parallel(kernel.address, record, torch.get_num_threads() if pieces > 1 else 1, 0)

@@ -17,7 +17,8 @@ from numba import carray, types
 from torch import Tensor
 
 from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup
-from server.model.compiled import TorchThreads, call_at, floats, inlined, integers, kernel, prefetch, take_unit
+from server.model.compiled import call_address, floats, inlined, integers, kernel, prefetch, take_unit
+from server.model.threads import TorchThreads
 
 _FIELDS = (
     "taken",  # shares of rows
@@ -46,9 +47,10 @@ _FIELDS = (
     "output",
     "sinks",  # 0: none
 )
+
 ATTENTION = np.dtype([(name, np.int64) for name in _FIELDS] + [("scaling", np.float32), ("softcap", np.float32)])
 """What one layer's attention is told. A softcap of 0 is none."""
-Fields = dict[str, Any]  # of such a record, by name: numbers
+Arguments = dict[str, Any]  # of such a record, by name: numbers
 _WRITTEN = 8 * _FIELDS.index("written")  # bytes from the record's beginning
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _LINE = 16  # numbers of a cache line
@@ -166,7 +168,7 @@ def _write_and_attend(pointer: Any) -> None:
     while unit < call.count:
         write_token(call, unit)
         unit = take_unit(counter)
-    call_at(call.barrier)
+    call_address(call.barrier)
     count = call.rows * call.shares
     unit = take_unit(pointer)
     while unit < count:
@@ -180,7 +182,7 @@ _NOBODY = DecodeGroup(0, 0, torch.empty(0, 1, dtype=torch.long), torch.empty(0, 
 
 def layer_fields(
     query: Tensor, keys: Tensor, values: Tensor, output: Tensor, options: AttentionOptions, num_tokens: int
-) -> Fields:
+) -> Arguments:
     """What a layer gives and wants: contiguous tensors `[at least num_tokens, heads or kv_heads, head_dim]`, of which
     `keys` and `values` are to be written."""
     _, heads, head_dim = query.shape
@@ -200,7 +202,7 @@ def layer_fields(
     }
 
 
-def page_fields(pages: Tensor) -> Fields:
+def page_fields(pages: Tensor) -> Arguments:
     """A layer of the cache, `[2, pages, page_size, kv_heads, head_dim]`."""
     keys, values = pages.unbind()
     page_size = pages.shape[2]
@@ -212,7 +214,7 @@ def page_fields(pages: Tensor) -> Fields:
     }
 
 
-def row_fields(plan: AttentionPlan, group: DecodeGroup, kv_heads: Any) -> tuple[Fields, object]:
+def row_fields(plan: AttentionPlan, group: DecodeGroup, kv_heads: Any) -> tuple[Arguments, object]:
     """The rows that decode, and where what they give goes; `kv_heads` may be a number for each of several layers. With
     them what the caller must keep as long as they are used."""
     tables, lengths, slots, tokens = (

@@ -20,8 +20,9 @@ import torch
 from numba import carray, types
 from torch import Tensor
 
-from server.model.compiled import TorchThreads, floats, inlined, integers, kernel, take_unit
+from server.model.compiled import floats, inlined, integers, kernel, take_unit
 from server.model.row_deltas import Blocks, DeltaKind, Kernel, Rows, TokenRows
+from server.model.threads import TorchThreads
 
 _FIELDS = (
     "taken",  # tokens
@@ -45,6 +46,7 @@ _FIELDS = (
     "second_stride",
     "second_step",
 )
+
 _RECORD = Struct(f"{len(_FIELDS)}q")
 DELTA = np.dtype([(name, np.int64) for name in _FIELDS])
 """What a kernel is told."""
@@ -174,9 +176,8 @@ class DeltaKernel:
 class DeltaKernels:
     """A `DeltaBackend`; see the module. Used by one thread at a time."""
 
-    run_work = (
-        2048  # measured on two cores: beyond it layers are left to their classes, whose matrix products are faster
-    )
+    # measured on two cores: beyond it layers are left to their classes, whose matrix products are faster
+    run_work = 2048
 
     def __init__(self) -> None:
         """Raises `OSError` where torch has not loaded GNU OpenMP."""

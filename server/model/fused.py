@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model import products
-from server.model.agreement import MAGNITUDES, agree
+from server.model.activations import known_activation
+from server.model.agreement import MAGNITUDES, agree, random_input
+from server.model.norms import OFFSETS, weight_and_epsilon
 from server.model.sites import Sites
 
 if TYPE_CHECKING:
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from server.model.programs import Programs
 
 _TRIED_TOKENS = 9  # programs have trials of their own, in which they are compared with what is tried here
-_ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # as oneDNN's fusion names them
-    ("swish", ""): functional.silu,
-    ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
-    ("gelu", "none"): functional.gelu,
-    ("relu", ""): functional.relu,
-}
 RmsNorm = Callable[[Tensor, Tensor, float], Tensor]  # of inputs, with a scale and an epsilon
 Rotation = Callable[..., tuple[Tensor, Tensor]]  # `rotate`
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -41,31 +36,32 @@ _ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call the function
 @torch.inference_mode()
 def fuse(model: nn.Module, sites: Sites, kernels: LayerKernels | None = None, programs: Programs | None = None) -> None:
     """Replace the forward of modules for which a faster equal form is known."""
-    dtype = next(model.parameters()).dtype
+    embedding = next(model.parameters())
     rms_norm = _rms_norm if kernels is None else kernels.rms_norm
     rotation = rotate if kernels is None else kernels.rotate
     for name, module in model.named_modules():
         for candidate, width in [*_norms(module, rms_norm), *_gated_mlps(name, module, sites, programs)]:
-            inputs = torch.randn(1, _TRIED_TOKENS, width, device=next(module.parameters()).device).to(dtype)
+            inputs = random_input(1, _TRIED_TOKENS, width, dtype=embedding.dtype, device=embedding.device)
             if all(agree(candidate(inputs * scale), module.forward(inputs * scale)) for scale in MAGNITUDES):
                 module.forward = candidate
                 if f"{name}.down_proj" in sites.shapes:
                     sites.give_inputs(f"{name}.down_proj")  # f(gate(x)) ⊙ up(x) goes nowhere else
                 break
-        _fuse_rotation(module, rotation, dtype)
+        _fuse_rotation(module, rotation, embedding.dtype)
 
 
 def _norms(module: nn.Module, rms_norm: RmsNorm) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     """Root mean square norms (Zhang and Sennrich 2019), their weight as it is or, as Gemma has it, less one."""
-    weight = getattr(module, "weight", None)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float):
+    parts = weight_and_epsilon(module)
+    if parts is None:
         return
+    weight, epsilon = parts
     if len(inspect.signature(module.forward).parameters) != 1 or isinstance(module, _OTHER_NORMS):
         return
-    # a class adds the 1 in float32; below that the sum would lose digits
-    scales = (weight, weight + 1) if weight.dtype == torch.float32 else (weight,)
-    for scale in scales:
+    # a class adds its offset in float32; below that the sum would lose digits
+    offsets = OFFSETS if weight.dtype == torch.float32 else OFFSETS[:1]
+    for offset in offsets:
+        scale = weight + offset if offset else weight
 
         def norm(inputs: Tensor, scale: Tensor = scale) -> Tensor:
             return rms_norm(inputs, scale, epsilon)
@@ -92,7 +88,7 @@ def _gated_mlps(
     own = module.forward
     touched = (f"{name}.gate_proj", f"{name}.up_proj")
     times_up = products.multiplied(up)
-    activated_gate = products.activated(gate, *activation)
+    activated_gate = products.activated(gate, activation)
 
     def gated(inputs: Tensor) -> Tensor:
         return times_up(inputs, activated_gate(inputs))
@@ -104,17 +100,6 @@ def _gated_mlps(
         return outputs
 
     yield mlp, gate.in_features  # type: ignore[misc]
-
-
-def known_activation(function: Any) -> tuple[str, str] | None:
-    """The fusion's name of an activation, by its values: over a whole MLP, rounding would hide the difference."""
-    if not callable(function):
-        return None
-    inputs = torch.linspace(-12, 12, 4001)
-    for name, known in _ACTIVATIONS.items():
-        if float((function(inputs) - known(inputs)).abs().max()) <= 1e-6:
-            return name
-    return None
 
 
 def _fuse_rotation(module: nn.Module, rotation: Rotation, dtype: torch.dtype) -> None:

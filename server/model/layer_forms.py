@@ -7,23 +7,25 @@ together, within the base: what a class does between them must be nothing. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from server.model.activations import Activation, known_activation
 from server.model.agreement import agree
 from server.model.attention import Attention, AttentionOptions, AttentionPlan, DecodeGroup
 from server.model.decode_kernel import DecodeKernel
-from server.model.fused import known_activation
-from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
-from server.model.layer_programs import HEAD_NORMS, NORMS, PRODUCTS, LayerForm, LayerStack, either
+from server.model.layer_operations import HEAD_NORMS, NORMS, PRODUCTS, LayerForm
+from server.model.layer_programs import LayerStack, stack_or_own
+from server.model.module_calls import ModuleCall, recorded_calls
+from server.model.norms import OFFSETS, weight_and_epsilon
+from server.model.paged_attention import PagedAttention
 from server.model.programs import TRIED_TOKENS, Fields, Programs, multiplication, widths
 from server.model.sites import Sites
 
@@ -39,7 +41,7 @@ class _Parts:
     products: dict[str, Fields]
     sites: dict[str, str]
     norms: dict[str, tuple[Tensor, float]]  # weight and epsilon
-    activation: tuple[str, str]
+    activation: Activation
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,10 @@ class _AttentionCall:
     heads: dict[str, int]  # of q, k, v
     head_dim: int
 
-
-@dataclass(frozen=True)
-class _Passed:
-    """What a base passes to a layer, and what comes of it."""
-
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-    output: Any
-
-    def follows(self, before: _Passed) -> bool:
-        """Whether the layer gets what the one before gives, and the same angles."""
-        angles, angles_before = self.named.get("position_embeddings"), before.named.get("position_embeddings")
-        return bool(self.arguments) and self.arguments[0] is before.output and angles is angles_before
+    def is_like(self, other: _AttentionCall) -> bool:
+        """Whether all is the same, sinks the same tensor: programs name its address."""
+        sinks, others = self.options.sinks, other.options.sinks
+        return sinks is others and self == replace(other, options=replace(other.options, sinks=sinks))
 
 
 class _Recorder:
@@ -92,25 +85,29 @@ def run_as_programs(
 ) -> LayerStack | None:
     """Have the layers for which it is equal run as programs; None where there are none."""
     candidates = {name: parts for name, module in model.named_modules() if (parts := _parts(name, module, sites))}
+    if not candidates:
+        return None
     positions = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long()
-    passed = _passed(model, candidates, partial(run, positions))
+    with recorded_calls(map(model.get_submodule, candidates)) as recorded:
+        run(positions, _Recorder())
+    calls = {call.module: call for call in recorded}
     forms = [
         form
         for name, parts in candidates.items()
-        if name in passed
-        and (form := _equal_form(name, model.get_submodule(name), parts, programs, passed[name])) is not None
+        if (call := calls.get(model.get_submodule(name))) is not None
+        and (form := _equal_form(name, parts, programs, call)) is not None
     ]
     forms = [form for form in forms if form.shape == forms[0].shape]  # they share their buffers
     if not forms:
         return None
-    steps = [passed[form.name] for form in forms]
-    stack = LayerStack(programs, forms, is_chain=all(layer.follows(before) for before, layer in pairwise(steps)))
+    steps = [calls[model.get_submodule(form.name)] for form in forms]
+    stack = LayerStack(programs, forms, is_chain=all(_follows(layer, before) for before, layer in pairwise(steps)))
     modules = [model.get_submodule(name) for name in stack.names]
-    attentions: list[Attention] = [_Recorder(), each_by_itself(layers)]  # two calls a layer, and one for all
+    attentions: list[Attention] = [_Recorder(), own_token_attention(layers)]  # two calls a layer, and one for all
     expected = [run(positions, attention) for attention in attentions]
     own = [module.forward for module in modules]
     for index, module in enumerate(modules):
-        module.forward = either(stack, index, own[index], sites.plan)
+        module.forward = stack_or_own(stack, index, own[index], sites.plan)
     given = [run(positions, attention) for attention in attentions]
     if all(agree(each, other) for each, other in zip(given, expected, strict=True)):
         return stack
@@ -119,7 +116,7 @@ def run_as_programs(
     return None
 
 
-def each_by_itself(layers: Sequence[LayerShape]) -> PagedAttention:
+def own_token_attention(layers: Sequence[LayerShape]) -> PagedAttention:
     """The attention of a step of `TRIED_TOKENS` rows that each see their own token alone."""
     rows = TRIED_TOKENS
     cache = KVCache(layers, rows + 1, 1, dtype=torch.float32, device=torch.device("cpu"))
@@ -127,6 +124,12 @@ def each_by_itself(layers: Sequence[LayerShape]) -> PagedAttention:
     group = DecodeGroup(0, rows, pages[:, None], torch.ones(rows, dtype=torch.long))
     plan = AttentionPlan(pages, None, torch.arange(rows), [group], [])
     return PagedAttention(cache, plan, decode_kernel=DecodeKernel())
+
+
+def _follows(layer: ModuleCall, before: ModuleCall) -> bool:
+    """Whether a layer gets what the one before gives, and the same angles."""
+    angles, angles_before = layer.named.get("position_embeddings"), before.named.get("position_embeddings")
+    return bool(layer.arguments) and layer.arguments[0] is before.output and angles is angles_before
 
 
 def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:
@@ -151,12 +154,9 @@ def _parts(name: str, layer: nn.Module, sites: Sites) -> _Parts | None:
 
 
 def norm_weight(norm: object) -> tuple[Tensor, float] | None:
-    """Weight and epsilon of what looks like a root mean square norm that a kernel can compute."""
-    weight = getattr(norm, "weight", None)
-    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or not isinstance(epsilon, float):
-        return None
-    return weight.detach().contiguous(), epsilon
+    """Weight and epsilon of what may be a norm that a kernel can compute."""
+    parts = weight_and_epsilon(norm)
+    return parts if parts is not None and parts[0].dtype == torch.float32 else None
 
 
 def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -175,42 +175,25 @@ def _fits(parts: _Parts, call: _AttentionCall, hidden: Tensor, cos: Tensor, sin:
     return products_fit and norms_fit and heads_fit and angles_fit and is_step and is_float32
 
 
-def _passed(model: nn.Module, names: Iterable[str], run: Callable[[Attention], Any]) -> dict[str, _Passed]:
-    """What the base passes to each of these layers."""
-    passed: dict[str, _Passed] = {}
-
-    def keep(name: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        passed[name] = _Passed(arguments, named, output)
-
-    hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
-    try:
-        if hooks:
-            run(_Recorder())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return passed
-
-
-def _equal_form(name: str, module: nn.Module, parts: _Parts, programs: Programs, passed: _Passed) -> LayerForm | None:
+def _equal_form(name: str, parts: _Parts, programs: Programs, call: ModuleCall) -> LayerForm | None:
     """The form of a layer that gives what its class gives, if one does."""
-    match passed.named.get("position_embeddings"):
-        case (Tensor() as cos, Tensor() as sin) if passed.arguments:
+    match call.named.get("position_embeddings"):
+        case (Tensor() as cos, Tensor() as sin) if call.arguments:
             pass
         case _:
             return None
-    recorder = _Recorder()
-    given, others = passed.arguments[0], passed.arguments[1:]
+    recorder, module = _Recorder(), call.module
+    given, others = call.arguments[0], call.arguments[1:]
     trials = [(given * magnitude, factor) for magnitude, factor in TRIALS]
     own = []
     for hidden, factor in trials:
         with scaled([getattr(module, norm) for norm in NORMS], factor):
-            own.append(module.forward(hidden, *others, **{**passed.named, "medley_attention": recorder}))
+            own.append(module.forward(hidden, *others, **{**call.named, "medley_attention": recorder}))
     is_usual = len(recorder.calls) == len(own) and all(isinstance(each, Tensor) for each in own)
-    is_usual = is_usual and all(call == recorder.calls[0] for call in recorder.calls)
+    is_usual = is_usual and all(each.is_like(recorder.calls[0]) for each in recorder.calls)
     if not is_usual or not _fits(parts, recorder.calls[0], given, cos, sin):
         return None
-    for offset in (0.0, 1.0):
+    for offset in OFFSETS:
         form = _form(name, parts, recorder.calls[0], cos.shape[-1], offset)
         if all(
             _agrees(form, factor, programs, (hidden, cos, sin), recorder, expected)

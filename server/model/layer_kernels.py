@@ -17,7 +17,8 @@ import torch
 from numba import carray, types
 from torch import Tensor
 
-from server.model.compiled import TorchThreads, floats, inlined, kernel, take_unit
+from server.model.compiled import floats, inlined, kernel, take_unit
+from server.model.threads import TorchThreads
 
 _FIELDS = (
     "taken",  # pieces
@@ -33,6 +34,7 @@ _FIELDS = (
     "rotary_width",
     "epsilon",  # a float64
 )
+
 _RECORD = Struct(f"{len(_FIELDS) - 1}qd")
 _CALL = np.dtype([(name, np.int64) for name in _FIELDS[:-1]] + [(_FIELDS[-1], np.float64)])
 _CALL_POINTER = types.CPointer(numba.from_dtype(_CALL))
@@ -51,7 +53,7 @@ def normalize(inputs: Any, outputs: Any, scale: Any, epsilon: Any) -> None:
 
 
 @inlined
-def turn(inputs: Any, outputs: Any, cos: Any, sin: Any) -> None:
+def rotate_heads(inputs: Any, outputs: Any, cos: Any, sin: Any) -> None:
     """Each dimension of each head with the one half the rotated width further: (a cos - b sin, b cos + a sin)."""
     heads, width = inputs.shape
     half = len(cos) // 2
@@ -90,7 +92,7 @@ def _rotate(pointer: Any) -> None:
     piece = take_unit(pointer)
     while piece < call.pieces:
         for token in range(piece * count // call.pieces, (piece + 1) * count // call.pieces):
-            turn(inputs[token], outputs[token], cosines[token], sines[token])
+            rotate_heads(inputs[token], outputs[token], cosines[token], sines[token])
         piece = take_unit(pointer)
 
 

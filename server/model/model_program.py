@@ -9,8 +9,7 @@ than rounding (the class scales its embeddings, say, or caps its logits) the cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,13 @@ from torch import Tensor, nn
 
 from server.model.agreement import agree
 from server.model.attention import Attention
-from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import LayerShape
-from server.model.layer_forms import TRIALS, each_by_itself, norm_weight, scaled
-from server.model.layer_programs import LayerStack, Tail
+from server.model.layer_forms import TRIALS, norm_weight, own_token_attention, scaled
+from server.model.layer_operations import Tail
+from server.model.layer_programs import LayerStack
+from server.model.module_calls import ModuleCall, recorded_calls
+from server.model.norms import OFFSETS
+from server.model.paged_attention import only_decodes
 from server.model.program_kernels import MOST_TOKENS
 from server.model.programs import TRIED_TOKENS, multiplication
 from server.model.row_deltas import SitePlan
@@ -32,29 +34,17 @@ _Forward = Callable[[Tensor, Tensor, Attention], Tensor]  # embeddings, position
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A module's call in a forward pass."""
-
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    named: Mapping[str, Any]
-    output: Any
-
-
-@dataclass(frozen=True)
 class ModelProgram:
     """See the module."""
 
     stack: LayerStack
-    angles: _Call  # of a pass's positions
+    angles: ModuleCall  # of a pass's positions
 
     def forward(self, embeddings: Tensor, positions: Tensor, attention: Attention, plan: SitePlan) -> Tensor | None:
         """Logits `[num_tokens, vocabulary]` of all tokens; None for steps that are none of its own. `embeddings` is
         `[num_tokens, hidden]`."""
         tokens = len(positions)
-        if not (0 < tokens <= MOST_TOKENS and isinstance(attention, PagedAttention) and attention.only_decodes):
-            return None
-        if not self.stack.step(plan).is_closed:
+        if not 0 < tokens <= MOST_TOKENS or not only_decodes(attention) or not self.stack.program(plan).is_closed:
             return None
         hidden = embeddings[None]
 
@@ -88,10 +78,11 @@ def find_model_program(
     output = multiplication(head) if head is not None and sites.is_packed(head) else None
     if output is None or not stack.is_whole(len(layers)):
         return None
-    positions, attention = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long(), each_by_itself(layers)
-    with _calls(model) as calls:
+    positions, attention = torch.linspace(0, max_model_len - 1, TRIED_TOKENS).long(), own_token_attention(layers)
+    with recorded_calls(model.modules()) as calls:
         forward(embeddings, positions, attention)
-    first, last = (_of(calls, model.get_submodule(name)) for name in (stack.names[0], stack.names[-1]))
+    by_module = {call.module: call for call in calls}
+    first, last = (by_module[model.get_submodule(name)] for name in (stack.names[0], stack.names[-1]))
     angles = first.named.get("position_embeddings")
     rotary = next((call for call in calls if call.output is angles), None)
     behind = (call.module for call in calls if call.arguments and call.arguments[0] is last.output)
@@ -104,7 +95,7 @@ def find_model_program(
             expected.append(forward(embeddings * magnitude, positions, attention))
     program = ModelProgram(stack, rotary)
     weight, epsilon = weighted
-    for offset in (0.0, 1.0):  # what a class adds to a norm's weight
+    for offset in OFFSETS:
         scale = weight + offset if offset else weight
         given = []
         for magnitude, factor in TRIALS:
@@ -115,23 +106,3 @@ def find_model_program(
             return program
     stack.set_tail(None)
     return None
-
-
-def _of(calls: list[_Call], module: nn.Module) -> _Call:
-    return next(call for call in calls if call.module is module)
-
-
-@contextmanager
-def _calls(model: nn.Module) -> Iterator[list[_Call]]:
-    """Every call of a module inside the block, in the order in which they end."""
-    calls: list[_Call] = []
-
-    def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls.append(_Call(module, arguments, named, output))
-
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()

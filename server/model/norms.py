@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from server.model.agreement import random_input
+
+OFFSETS = (0.0, 1.0)
+"""What classes add to a norm's weight."""
 _TRIALS = 5  # rows of random input
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest value
 _LOW_PRECISION_TOLERANCE = 3e-2
@@ -40,11 +44,10 @@ class NormForm:
 def find_norms(model: nn.Module) -> Iterator[tuple[str, NormForm]]:
     """Every norm's name and form; before any module's `forward` is replaced."""
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        epsilons = (getattr(module, attribute, None) for attribute in ("variance_epsilon", "eps", "epsilon"))
-        epsilon = next((value for value in epsilons if isinstance(value, float)), None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or epsilon is None:
+        parts = weight_and_epsilon(module)
+        if parts is None:
             continue
+        weight, epsilon = parts
         for is_centred in (False, True):
             form = NormForm(epsilon, is_centred)
             if _behaves(module, weight, form):
@@ -52,10 +55,20 @@ def find_norms(model: nn.Module) -> Iterator[tuple[str, NormForm]]:
                 break
 
 
-def _behaves(module: nn.Module, weight: nn.Parameter, form: NormForm) -> bool:
+def weight_and_epsilon(module: object) -> tuple[Tensor, float] | None:
+    """The weight `[width]` and the epsilon of what may be a norm, by the names that classes have for them."""
+    weight = getattr(module, "weight", None)
+    epsilons = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    epsilon = next((value for value in epsilons if isinstance(value, float)), None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or epsilon is None:
+        return None
+    return weight.detach().contiguous(), epsilon
+
+
+def _behaves(module: nn.Module, weight: Tensor, form: NormForm) -> bool:
     """Whether another weight changes the module's output as the form says."""
-    inputs = torch.randn(1, _TRIALS, len(weight), device=weight.device).to(weight.dtype) + 0.5
-    change = torch.randn_like(weight)
+    inputs = random_input(1, _TRIALS, len(weight), dtype=weight.dtype, device=weight.device) + 0.5
+    change = random_input(len(weight), dtype=weight.dtype, device=weight.device)
     try:
         own = module(inputs)
         changed = functional_call(module, {"weight": weight + change}, (inputs,))

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from server.errors import StartupError
 from server.model.attention import IMPLEMENTATION, AttentionPlan, DecodeGroup, PrefillRow
-from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape
+from server.model.paged_attention import PagedAttention
 
 _RECORDING = "medley_recording"
 _HONOURED = {"scaling", "sliding_window", "softcap", "s_aux"}

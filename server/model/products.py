@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from server.model.activations import FUSIONS, Activation
+from server.model.agreement import agree, random_input
 
 Product = Callable[[Tensor], Tensor]
 
 # The blocked layout is chosen for a number of rows; that of many rows is the best, or as good, for few as well.
 _ROWS = 1024
+_TRIED_TOKENS = (1, 13)
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -37,19 +42,25 @@ def can_pack(module: nn.Module) -> bool:
             return False
 
 
-def pack(module: nn.Module) -> Product:
-    """Reorder a module's weight (`can_pack`) and return its product, y = x Wᵀ + b."""
+@torch.inference_mode()
+def pack(module: nn.Module) -> Product | None:
+    """Reorder a module's weight (`can_pack`) and return its product, y = x Wᵀ + b; None, and all is as it was, where
+    the reordered weight gives other products than the plain one."""
     weight: Tensor = module.weight  # type: ignore[assignment]  # a module's attributes are untyped
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     dense = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     packed = torch.ops.mkldnn._reorder_linear_weight(dense.contiguous(), _ROWS)
     linear = torch.ops.mkldnn._linear_pointwise  # here and below: a torch without oneDNN has no such name
-    module.weight = nn.Parameter(packed, requires_grad=False)
 
     def product(inputs: Tensor) -> Tensor:
         outputs: Tensor = linear(inputs, packed, bias, "none", [], "")
         return outputs
 
+    for tokens in _TRIED_TOKENS:
+        inputs = random_input(tokens, dense.shape[1], dtype=weight.dtype)
+        if not agree(product(inputs), functional.linear(inputs, dense, bias)):
+            return None
+    module.weight = nn.Parameter(packed, requires_grad=False)
     return product
 
 
@@ -66,12 +77,13 @@ def address(tensor: Tensor) -> int:
     return int(torch.ops.mkldnn.data_ptr(tensor)) if tensor.is_mkldnn else tensor.data_ptr()
 
 
-def activated(module: nn.Module, activation: str, algorithm: str) -> Product:
-    """A packed module's product with an activation of oneDNN's fused into it: f(x Wᵀ + b)."""
+def activated(module: nn.Module, activation: Activation) -> Product:
+    """A packed module's product with an activation fused into it: f(x Wᵀ + b)."""
     linear = torch.ops.mkldnn._linear_pointwise
+    name, algorithm = FUSIONS[activation]
 
     def product(inputs: Tensor) -> Tensor:
-        outputs: Tensor = linear(inputs, module.weight, module.bias, activation, [], algorithm)
+        outputs: Tensor = linear(inputs, module.weight, module.bias, name, [], algorithm)
         return outputs
 
     return product

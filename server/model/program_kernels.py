@@ -9,35 +9,59 @@ where an operation reads what another has written.
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 from typing import Any
 
 import numba
 import numpy as np
 from numba import carray, types
 
-from server.model.compiled import add_to, call_at, clock, exponential, floats, inlined, kernel, pointer_to, take_unit
+from server.model.activations import Activation
+from server.model.compiled import (
+    add_to,
+    call_address,
+    clock,
+    exponential,
+    floats,
+    inlined,
+    kernel,
+    pointer_to,
+    take_unit,
+)
 from server.model.decode_kernel import ATTENTION, attend_share, write_token
 from server.model.delta_kernels import DELTA, scale_token, shift_token, update_token
-from server.model.layer_kernels import normalize, turn
+from server.model.layer_kernels import normalize, rotate_heads
 from server.model.tiles import BLOCK, HAS_WIDE_REGISTERS, LINES, TILE_TOKENS, multiply_tile
 
 MOST_TOKENS = 512 if HAS_WIDE_REGISTERS else 4
 """Tokens of a program. Beyond that, and where sums do not fit into registers, torch's own products are as fast."""
-CHUNK = 8  # the number of inputs is a multiple of this
-(PRODUCT, GATED, GATE, NORM, ROTATION, WRITE, ATTEND, SCALE, SHIFT, UPDATE) = range(10)
-"""The kinds of operations."""
-ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"), ("relu", ""))  # as oneDNN's fusion names them
-_SWISH, _GELU_TANH, _GELU, _RELU = range(4)
+
+
+class Kind(IntEnum):
+    """The kinds of operations."""
+
+    PRODUCT = 0
+    GATED = 1  # two products of the same input and what a gated MLP makes of them
+    GATE = 2  # that by itself
+    NORM = 3
+    ROTATION = 4
+    WRITE = 5  # keys and values into their pages
+    ATTEND = 6
+    SCALE = 7  # this and what follows are row deltas
+    SHIFT = 8
+    UPDATE = 9  # of low rank
+
+
 _TILE_INPUTS = 128  # of a tile: their weights stay in the first cache for all tokens
 _ROW = 4 * BLOCK  # bytes of one input's weights in a block
 _NEAR = 2**14  # bytes between the weights that are read and those that are asked for, where they are read once
 
 _FIELDS = (
     "taken",  # units of work
-    "units",  # of a product its blocks, times the shares; of what is described elsewhere its own; else the tokens
+    "units",  # of a product its blocks, times the shares; of what is descriptor elsewhere its own; else the tokens
     "shares",  # of the tokens, of a product
     "threads",  # that will likely run it
-    "rest",  # operations behind this one
+    "remaining",  # operations behind this one
     "barrier",  # address of the function in which all threads wait for each other; 0: they go on
     "kind",
     "tokens",
@@ -51,7 +75,7 @@ _FIELDS = (
     "up_weight",
     "up_bias",
     "up_outputs",
-    "activation",  # its place in `ACTIVATIONS`
+    "activation",
     "scale",
     "heads",  # of a token: rows that a norm or a rotation takes one by one
     "cos",
@@ -59,7 +83,7 @@ _FIELDS = (
     "rotary_width",
     "next_weight",  # of the next product in the program; 0: none
     "next_input_width",
-    "described",  # address of what an attention (`decode_kernel.ATTENTION`) or a delta (`delta_kernels.DELTA`) is told
+    "descriptor",  # address of the arguments of an attention (`decode_kernel.ATTENTION`) or a delta (`DELTA`)
     "cycles",  # of the processor's clock, that all threads together have spent on it, waiting included
 )
 OPERATION = np.dtype([(name, np.int64) for name in _FIELDS] + [("epsilon", np.float64)])
@@ -141,20 +165,20 @@ def _multiply(call: Any, unit: int, weight: Any, bias: Any, outputs: Any, ahead:
     weight += _ROW * block * call.input_width
     if width == BLOCK:
         for token in tokens:
-            _begin(_block_of(call, unit, token, outputs), bias, block)
+            _begin_sums(_block_of(call, unit, token, outputs), bias, block)
         sums = outputs + 4 * (tokens.start * call.output_width + block * BLOCK)
         _add_products(inputs, call.input_width, len(tokens), weight, sums, 4 * call.output_width, ahead)
     else:  # the last block, whose weights are filled up
         filled = np.empty((len(tokens), BLOCK), np.float32)
         for row in filled:
-            _begin(row[:width], bias, block)
+            _begin_sums(row[:width], bias, block)
         _add_products(inputs, call.input_width, len(tokens), weight, np.int64(filled.ctypes.data), 4 * BLOCK, ahead)
         for token in tokens:
             _block_of(call, unit, token, outputs)[:] = filled[token - tokens.start, :width]
 
 
 @inlined
-def _begin(sums: Any, bias: Any, block: int) -> None:
+def _begin_sums(sums: Any, bias: Any, block: int) -> None:
     """What products are added to."""
     for at in range(len(sums)):
         sums[at] = floats(bias)[block * BLOCK + at] if bias != 0 else np.float32(0)
@@ -162,12 +186,12 @@ def _begin(sums: Any, bias: Any, block: int) -> None:
 
 @inlined
 def _activated(activation: int, x: Any) -> Any:
-    if activation == _SWISH:
+    if activation == Activation.SWISH:
         return x / (np.float32(1) + exponential(-x))
-    if activation == _GELU_TANH:
+    if activation == Activation.GELU_TANH:
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
         return x / (np.float32(1) + exponential(np.float32(-2) * inner))  # (1 + tanh z) / 2 = 1 / (1 + e⁻²ᶻ)
-    if activation == _GELU:
+    if activation == Activation.GELU:
         return np.float32(0.5 * x * (1 + math.erf(x * math.sqrt(0.5))))
     return np.float32(0) if x < 0 else x
 
@@ -186,12 +210,12 @@ def _product(call: Any, unit: int) -> None:
 @inlined
 def _gate(activation: int, outputs: Any, up: Any) -> None:
     """y ← f(y) ⊙ u, neighbouring numbers; the commonest in loops of their own, which have vectors then."""
-    if activation == _SWISH:
+    if activation == Activation.SWISH:
         for at in range(len(outputs)):
-            outputs[at] = _activated(_SWISH, outputs[at]) * up[at]
-    elif activation == _GELU_TANH:
+            outputs[at] = _activated(Activation.SWISH, outputs[at]) * up[at]
+    elif activation == Activation.GELU_TANH:
         for at in range(len(outputs)):
-            outputs[at] = _activated(_GELU_TANH, outputs[at]) * up[at]
+            outputs[at] = _activated(Activation.GELU_TANH, outputs[at]) * up[at]
     else:
         for at in range(len(outputs)):
             outputs[at] = _activated(activation, outputs[at]) * up[at]
@@ -217,7 +241,7 @@ def _gate_token(call: Any, token: int) -> None:
 
 
 @inlined
-def _normalized(call: Any, token: int) -> None:
+def _norm_token(call: Any, token: int) -> None:
     """y = w ⊙ x / √(mean of x² + ε), for each of a token's heads."""
     width = call.input_width
     for row in range(token * call.heads, (token + 1) * call.heads):
@@ -227,48 +251,48 @@ def _normalized(call: Any, token: int) -> None:
 
 
 @inlined
-def _rotated(call: Any, token: int) -> None:
+def _rotate_token(call: Any, token: int) -> None:
     """A token's heads, turned by its angles."""
     shape, place = (call.heads, call.output_width), 4 * token * call.heads * call.output_width
     inputs, outputs = carray(floats(call.inputs + place), shape), carray(floats(call.outputs + place), shape)
     angles = 4 * token * call.rotary_width
     cos, sin = floats(call.cos + angles), floats(call.sin + angles)
-    turn(inputs, outputs, carray(cos, call.rotary_width), carray(sin, call.rotary_width))
+    rotate_heads(inputs, outputs, carray(cos, call.rotary_width), carray(sin, call.rotary_width))
 
 
 @inlined
 def _do(call: Any, unit: int) -> None:
     """One unit of an operation's work."""
     kind = call.kind
-    if kind == PRODUCT:
+    if kind == Kind.PRODUCT:
         _product(call, unit)
-    elif kind == GATED:
+    elif kind == Kind.GATED:
         _gated(call, unit)
-    elif kind == GATE:
+    elif kind == Kind.GATE:
         _gate_token(call, unit)
-    elif kind == NORM:
-        _normalized(call, unit)
-    elif kind == ROTATION:
-        _rotated(call, unit)
-    elif kind == WRITE:
-        write_token(carray(_attention_at(call.described), 1)[0], unit)
-    elif kind == ATTEND:
-        attend_share(carray(_attention_at(call.described), 1)[0], unit, min(call.taken, call.units - 1))
-    elif kind == SCALE:
-        scale_token(carray(_delta_at(call.described), 1)[0], unit)
-    elif kind == SHIFT:
-        shift_token(carray(_delta_at(call.described), 1)[0], unit)
+    elif kind == Kind.NORM:
+        _norm_token(call, unit)
+    elif kind == Kind.ROTATION:
+        _rotate_token(call, unit)
+    elif kind == Kind.WRITE:
+        write_token(carray(_attention_at(call.descriptor), 1)[0], unit)
+    elif kind == Kind.ATTEND:
+        attend_share(carray(_attention_at(call.descriptor), 1)[0], unit, min(call.taken, call.units - 1))
+    elif kind == Kind.SCALE:
+        scale_token(carray(_delta_at(call.descriptor), 1)[0], unit)
+    elif kind == Kind.SHIFT:
+        shift_token(carray(_delta_at(call.descriptor), 1)[0], unit)
     else:
-        update_token(carray(_delta_at(call.described), 1)[0], unit)
+        update_token(carray(_delta_at(call.descriptor), 1)[0], unit)
 
 
 @kernel(_POINTER)
 def run_all(pointer: Any) -> None:
     """What each thread runs: an array of operations, one after the other."""
-    rest = carray(pointer, 1)[0].rest
-    calls = carray(pointer, rest + 1)
+    remaining = carray(pointer, 1)[0].remaining
+    calls = carray(pointer, remaining + 1)
     before = clock()
-    for place in range(rest + 1):
+    for place in range(remaining + 1):
         call = calls[place]
         here = _at(calls.ctypes.data + place * _BYTES)
         unit = take_unit(here)
@@ -276,7 +300,7 @@ def run_all(pointer: Any) -> None:
             _do(call, unit)
             unit = take_unit(here)
         if call.barrier != 0:
-            call_at(call.barrier)
+            call_address(call.barrier)
         now = clock()
         add_to(calls.ctypes.data + place * _BYTES + _CYCLES, now - before)
         before = now

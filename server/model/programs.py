@@ -18,26 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from server.model.agreement import agree
-from server.model.compiled import TorchThreads
+from server.model.activations import Activation
+from server.model.agreement import agree, random_input
 from server.model.products import Product, address, may_be_blocked
 from server.model.program_kernels import (
-    ACTIVATIONS,
-    CHUNK,
-    GATED,
     MOST_TOKENS,
     OPERATION,
-    PRODUCT,
+    Kind,
     run_all,
 )
-from server.model.tiles import BLOCK, TILE_TOKENS
+from server.model.threads import TorchThreads
+from server.model.tiles import BLOCK, TILE_TOKENS, UNROLLED
 
 TRIED_TOKENS = min(MOST_TOKENS, 2 * TILE_TOKENS + 1)
 """With how many tokens a form is tried: they are several tiles, of unequal size."""
 _PIECES = 2  # of work: more than one, for all threads
 _UNITS_PER_THREAD = 3  # of a product: with fewer, the last one is waited for
 _LEAST_SHARE = 48  # tokens for which a block's weights are read
-Fields = dict[str, float | Tensor]  # of an operation, by name; of a tensor its address
+Fields = dict[str, float | Tensor]
+"""Of an operation, by name; a tensor stands for its address."""
 Records = np.ndarray[Any, Any]
 
 
@@ -49,10 +48,10 @@ class Program:
         depend on the tokens. `keep` is what their addresses are of."""
         self.keep = keep
         self.records = records
-        self.taken = records["taken"]  # a view, as all fields of the records are
+        self._taken = records["taken"]  # a view, as all fields of the records are
         self._threads = threads
-        self._rest = records["rest"]
-        multiplies = np.isin(records["kind"], (PRODUCT, GATED))
+        self._remaining = records["remaining"]
+        multiplies = np.isin(records["kind"], (Kind.PRODUCT, Kind.GATED))
         self._blocks = np.where(multiplies, -(-records["output_width"] // BLOCK), 0)
         self._fixed_units = records["units"].copy()
         self._shared_by = (0, 0)  # tokens and threads that the records are for
@@ -71,11 +70,15 @@ class Program:
         records["units"] = np.where(blocks > 0, blocks * shares, by_token)
         self._shared_by = tokens, threads
 
+    def set_outputs(self, operation: int, outputs: Tensor) -> None:
+        """Where an operation writes; the caller keeps it."""
+        self.records["outputs"][operation] = outputs.data_ptr()
+
     def run(self, start: int = 0, stop: int | None = None) -> None:
         """The operations from `start` to `stop`, after `share`."""
         stop = len(self.records) if stop is None else stop
-        self.taken[start:stop] = 0
-        self._rest[start] = stop - start - 1
+        self._taken[start:stop] = 0
+        self._remaining[start] = stop - start - 1
         self._threads.run(run_all, self.records.ctypes.data + start * OPERATION.itemsize, _PIECES)
 
 
@@ -115,18 +118,18 @@ class Programs:
         """A packed module's product, x Wᵀ + b, by a program; `own` is the one for any number of tokens."""
         return self._by_program(multiplication(module), own)
 
-    def gated(self, gate: nn.Module, up: nn.Module, activation: tuple[str, str], own: Product) -> Product:
-        """Of packed modules f(gate(x)) ⊙ up(x), likewise; `activation` is f as oneDNN's fusion names it."""
+    def gated(self, gate: nn.Module, up: nn.Module, activation: Activation, own: Product) -> Product:
+        """Of packed modules f(gate(x)) ⊙ up(x), likewise."""
         first, second = multiplication(gate), multiplication(up)
         if first is None or second is None or widths(first) != widths(second):
             return own
         return self._by_program(self.gated_operation(first, second, activation), own)
 
-    def gated_operation(self, gate: Fields, up: Fields, activation: tuple[str, str]) -> Fields:
+    def gated_operation(self, gate: Fields, up: Fields, activation: Activation) -> Fields:
         """Of two products one operation."""
         second = {f"up_{field}": up[field] for field in ("weight", "bias") if field in up}
         second["up_outputs"] = self.buffer("up", widths(up)[1])
-        return gate | second | {"kind": GATED, "activation": ACTIVATIONS.index(activation)}
+        return gate | second | {"kind": Kind.GATED, "activation": activation}
 
     def _by_program(self, operation: Fields | None, own: Product) -> Product:
         """What an operation computes, where that is what `own` does."""
@@ -147,8 +150,12 @@ class Programs:
             program.run()
             return outputs
 
-        inputs = torch.randn(TRIED_TOKENS, input_width, dtype=torch.float32)
+        inputs = random_input(TRIED_TOKENS, input_width)
         return product if agree(product(inputs), own(inputs)) else own
+
+
+def _is_read_by_address(bias: Tensor | None) -> bool:
+    return bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
 
 
 def widths(product: Fields) -> tuple[int, int]:
@@ -161,7 +168,7 @@ def multiplication(module: nn.Module) -> Fields | None:
     weight: Tensor = module.weight  # type: ignore[assignment]  # a module's attributes are untyped
     bias: Tensor | None = module.bias  # type: ignore[assignment]  # as above
     outputs, inputs = weight.shape
-    if inputs % CHUNK or not may_be_blocked(weight, BLOCK) or (bias is not None and bias.dtype != torch.float32):
+    if inputs % UNROLLED or not may_be_blocked(weight, BLOCK) or not _is_read_by_address(bias):
         return None
-    fields: Fields = {"kind": PRODUCT, "weight": weight, "input_width": inputs, "output_width": outputs}
+    fields: Fields = {"kind": Kind.PRODUCT, "weight": weight, "input_width": inputs, "output_width": outputs}
     return fields if bias is None else fields | {"bias": bias}

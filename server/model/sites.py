@@ -68,11 +68,10 @@ class Sites:
                 continue
             self.shapes[name] = SiteShape(*shape, is_head=module is head, is_transposed=isinstance(module, Conv1D))
             forward = module.forward
-            if products.can_pack(module):
-                forward = products.pack(module)
-                if programs is not None:
-                    forward = programs.product(module, forward)
+            product = products.pack(module) if products.can_pack(module) else None
+            if product is not None:
                 self._packed.add(module)
+                forward = product if programs is None else programs.product(module, product)
             module.forward = self._wrap(name, forward)
 
     def add_norms(self, model: nn.Module, norms: Mapping[str, NormForm]) -> None:

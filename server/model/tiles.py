@@ -97,10 +97,10 @@ def _tile(module: ir.Module, tokens: int, lines: int) -> ir.Function:
         weights = [_load(builder, place, 4 * _LANES * each, _VECTOR) for each in range(_VECTORS)]
         for token, column in enumerate(columns):
             number = _load(builder, builder.add(column, builder.mul(at, _INT(4))), 4 * step, _FLOAT)
-            spread = _spread(builder, number)
+            splat = _splat(builder, number)
             for each in range(_VECTORS):
                 place_of_sum = token * _VECTORS + each
-                sums[place_of_sum] = _multiply_add(builder, spread, weights[each], sums[place_of_sum])
+                sums[place_of_sum] = _multiply_add(builder, splat, weights[each], sums[place_of_sum])
         for line in range(step * lines // UNROLLED, (step + 1) * lines // UNROLLED):
             passed = builder.mul(at, _INT(4 * _LANES * lines // UNROLLED))
             prefetched(builder, builder.add(builder.add(ahead, passed), _INT(4 * _LANES * line)))
@@ -128,7 +128,7 @@ def _load(builder: ir.IRBuilder, address: Any, offset: int, kind: Any) -> Any:
     return builder.load(_pointer(builder, address, offset, kind), align=4)
 
 
-def _spread(builder: ir.IRBuilder, number: Any) -> Any:
+def _splat(builder: ir.IRBuilder, number: Any) -> Any:
     """A number in all lanes."""
     nothing = ir.Constant(_VECTOR, ir.Undefined)
     lane = builder.insert_element(nothing, number, _INDEX(0))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup, PrefillRow, VarlenRows
 from server.model.base import FrozenBase
-from server.model.gathered_attention import PagedAttention
 from server.model.kv_cache import KVCache, LayerShape, index_tensor
+from server.model.paged_attention import PagedAttention
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenRows, float | None, tuple[int, int]], Tensor]
 """(query `[num_tokens, heads, head_dim]`, keys and values `[pages, page_size, kv_heads, head_dim]`, rows, factor on the

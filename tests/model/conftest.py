@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from server.model import products
 from server.model.programs import Programs
+from tests.model.packed import packed
 
 
 @pytest.fixture(params=[1, 2, 4], ids="{} threads".format)
@@ -25,6 +25,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def blocked_weights() -> None:
     """oneDNN lays weights out in the blocks that programs read."""
     linear = nn.Linear(64, 64).requires_grad_(False)
-    own = products.pack(linear)
+    own = packed(linear)
     if Programs().product(linear, own) is own:
         pytest.skip("oneDNN lays weights out otherwise on this processor: its own products run")

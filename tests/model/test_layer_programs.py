@@ -17,7 +17,8 @@ from server.adapters.deltas import input_scale, low_rank, output_scale, shift
 from server.model import FrozenBase, Rows, Segment, SitePlan
 from server.model.attention import IMPLEMENTATION, AttentionOptions
 from server.model.delta_kernels import DeltaKernels
-from server.model.layer_programs import PRODUCTS, LayerStack
+from server.model.layer_operations import PRODUCTS
+from server.model.layer_programs import LayerStack
 from server.model.program_kernels import MOST_TOKENS
 from server.model.row_deltas import RowDelta
 from server.model.sites import SiteKind, SiteShape

@@ -12,17 +12,19 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from server.model import products
+from server.model.activations import Activation
+from tests.model.packed import packed
 
 IN, OUT = 40, 24
 ROWS = [0, 1, 5, 64, 300]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of the largest value; bfloat16 keeps 8 bits
-ACTIVATIONS: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
-    ("swish", "", functional.silu),
-    ("gelu", "tanh", lambda x: functional.gelu(x, approximate="tanh")),
-    ("gelu", "none", functional.gelu),
-    ("relu", "", functional.relu),
-]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SWISH: functional.silu,
+    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.GELU: functional.gelu,
+    Activation.RELU: functional.relu,
+}
 
 
 def _linear(dtype: torch.dtype) -> nn.Module:
@@ -74,7 +76,7 @@ def _expected(plain: nn.Module, inputs: Tensor) -> Tensor:
 def test_a_packed_product_is_the_modules_own(make: Make, rows: int, dtype: torch.dtype) -> None:
     module, plain = _packable(make, dtype)
     inputs = torch.randn(1, rows, IN).to(dtype)
-    outputs = products.pack(module)(inputs)
+    outputs = packed(module)(inputs)
     assert outputs.dtype == dtype
     _assert_close(outputs, _expected(plain, inputs))
 
@@ -85,10 +87,10 @@ def test_a_packed_product_is_the_modules_own(make: Make, rows: int, dtype: torch
 @torch.inference_mode()
 def test_an_activation_fused_in_is_the_activation_of_the_product(make: Make, rows: int, dtype: torch.dtype) -> None:
     module, plain = _packable(make, dtype)
-    products.pack(module)
+    packed(module)
     inputs = (3 * torch.randn(1, rows, IN)).to(dtype)
-    for name, algorithm, function in ACTIVATIONS:
-        outputs = products.activated(module, name, algorithm)(inputs)
+    for activation, function in ACTIVATIONS.items():
+        outputs = products.activated(module, activation)(inputs)
         assert outputs.dtype == dtype
         _assert_close(outputs, function(_expected(plain, inputs)))
 
@@ -99,7 +101,7 @@ def test_an_activation_fused_in_is_the_activation_of_the_product(make: Make, row
 @torch.inference_mode()
 def test_a_factor_fused_in_multiplies_the_product(make: Make, rows: int, dtype: torch.dtype) -> None:
     module, plain = _packable(make, dtype)
-    products.pack(module)
+    packed(module)
     inputs, factor = torch.randn(1, rows, IN).to(dtype), torch.randn(1, rows, OUT).to(dtype)
     given = factor.clone()
     outputs = products.multiplied(module)(inputs, factor)
@@ -114,7 +116,7 @@ def test_the_weight_comes_back_bit_by_bit_and_nothing_is_lost(make: Make, dtype:
     module, plain = _packable(make, dtype)
     original = products.dense_weight(plain)
     assert original.shape == (OUT, IN)
-    products.pack(module)
+    packed(module)
     assert torch.equal(products.dense_weight(module), original)
     names = [name for name, _ in plain.named_parameters()]
     assert [name for name, _ in module.named_parameters()] == names

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model import products
+from server.model.activations import Activation
 from server.model.program_kernels import MOST_TOKENS
 from server.model.programs import Programs
+from tests.model.packed import packed
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
 
-ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
-    ("swish", ""): functional.silu,
-    ("gelu", "tanh"): lambda x: functional.gelu(x, approximate="tanh"),
-    ("gelu", "none"): functional.gelu,
-    ("relu", ""): functional.relu,
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SWISH: functional.silu,
+    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.GELU: functional.gelu,
+    Activation.RELU: functional.relu,
 }
 WIDTHS = [(16, 64), (48, 200), (384, 70), (1024, 5)]  # of input and output: whole blocks of 64, others, less than one
 TOKENS = [each for each in (1, 2, 3, 4, 6, 7, 13, 47, 48, 97, 301) if each <= MOST_TOKENS]
@@ -44,7 +46,7 @@ class _Packed:
         torch.manual_seed(inputs + outputs)
         self.module = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
         self.weight = self.module.weight.clone()
-        self.product = products.pack(self.module)
+        self.product = packed(self.module)
 
     def expected(self, inputs: Tensor) -> Tensor:
         bias = self.module.bias
@@ -141,9 +143,9 @@ def test_a_token_that_is_not_finite_hurts_no_other() -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda each: each.name)
 @torch.inference_mode()
-def test_gated_products_are_torch_s(activation: tuple[str, str], widths: tuple[int, int]) -> None:
+def test_gated_products_are_torch_s(activation: Activation, widths: tuple[int, int]) -> None:
     gate, up = _Packed(*widths), _Packed(*widths, bias=False)
 
     def expected(inputs: Tensor) -> Tensor:
@@ -161,4 +163,4 @@ def test_gated_products_are_torch_s(activation: tuple[str, str], widths: tuple[i
 def test_gated_products_of_unequal_widths_keep_torch_s_own() -> None:
     gate, up = _Packed(48, 200), _Packed(48, 136)
     own = _Own(gate.product)
-    assert Programs().gated(gate.module, up.module, ("relu", ""), own) is own
+    assert Programs().gated(gate.module, up.module, Activation.RELU, own) is own

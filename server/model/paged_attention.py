@@ -1,19 +1,18 @@
-"""Attention over pages that are gathered: each row's copied side by side, then torch's own attention.
-
-Works on every device, in every data type, with everything that a class may ask for (`AttentionOptions`). Rows of one
-token need not be gathered where there is a kernel for them (`server.model.kernels`).
+"""Attention over pages on every device, in every data type, with everything that a class may ask for
+(`AttentionOptions`): each row's pages are copied side by side for torch's own attention. On a CPU, pages of rows of one
+token are read where they lie, by a kernel of ours (`server.model.decode_kernel`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup, PrefillRow
+from server.model.attention import Attention, AttentionOptions, AttentionPlan, DecodeGroup, PrefillRow
 from server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -29,12 +28,6 @@ class PagedAttention:
     has_causal_kernel: bool = False  # whether torch's attention is faster told `is_causal` than given a mask
     decode_kernel: DecodeKernel | None = None
     _masks: dict[tuple[DecodeGroup | PrefillRow, int | None], Tensor] = field(default_factory=dict)
-
-    @property
-    def only_decodes(self) -> bool:
-        """Whether the step is rows of one token, for which the kernel is all that is needed."""
-        plan = self.plan
-        return self.decode_kernel is not None and len(plan.decode) == 1 and not plan.prefill and plan.sources is None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
@@ -112,6 +105,15 @@ class PagedAttention:
                 seen &= context > position - window
             mask = self._masks[row, window] = _additive(seen, dtype)[None, None]
         return mask
+
+
+def only_decodes(attention: Attention) -> TypeGuard[PagedAttention]:
+    """Whether the step is rows of one token for which the kernel is all that is needed, so that programs can have it
+    among their operations instead of calling `attend`."""
+    if not isinstance(attention, PagedAttention) or attention.decode_kernel is None:
+        return False
+    plan = attention.plan
+    return len(plan.decode) == 1 and not plan.prefill and plan.sources is None
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
