@@ -1,6 +1,7 @@
 """Benchmarks: Medley beside its peers, the same work in one run, as rates and ratios.
 
-`python -m benchmarks` runs the CPU set and draws its picture; each benchmark is also a command of its own:
+`python -m benchmarks` runs the CPU set, saves how long that took and draws its picture; each benchmark is also a
+command of its own:
 
 base           the base alone beside the machine's limit, Hugging Face and vLLM
 mixed          each method's tasks mixed, all methods at once, beside PEFT
@@ -16,7 +17,7 @@ index          the store's index at its planned size
 They share
 
 frame          machine, alternation, targets, report
-figure         the picture of the saved reports
+figure         the picture of the saved reports: systems compared, figures beside their targets
 bases          random-weight Llama bases of given sizes
 adapters       random adapters of each method, saved by PEFT itself
 workload       tasks, jobs and runs: what all systems are given and what they give back

@@ -4,7 +4,8 @@ Every system gets the same work in the same run, alternately: greedy, to the ful
 The limit is that of the steps that Medley really ran (`benchmarks.limit`). Servers are processes of their own, reached
 through one HTTP client, and stopped while another system is measured; vLLM's is measured where `--vllm` names an
 environment that has it (`benchmarks.vllm_peer` says how to make one). One more pair of rows mixes LoRA adapters,
-through both servers. No figure is printed before the servers have been found to give the tokens of PEFT alone.
+through both servers. No figure is printed before the servers have been found to give the tokens of PEFT alone, and none
+where a prompt token came from a cache.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from benchmarks.limit import Limit, Recorder
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
 from benchmarks.servers import Served, medley_server, served_medley, upload, write_base
-from benchmarks.vllm_peer import VLLM_BASE, installed_version, vllm_server
-from benchmarks.workload import Job, Task, Workload
+from benchmarks.vllm_peer import VLLM_BASE, VllmEnvironment, installed_version, vllm_server
+from benchmarks.workload import Job, Task, Workload, by_round, check_fresh
 
 LINEAR = "limit: linear modules alone"
 WITH_ATTENTION = "limit: linear modules and attention's products"
@@ -60,7 +61,16 @@ _KV_OPTION = ("--kv-cache-memory", "1")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-Seconds = dict[str, float]  # of one round, by row
+
+@dataclass(frozen=True)
+class Measured:
+    """A row in one round."""
+
+    seconds: float
+    cached: int | None = None  # prompt tokens that came from a cache, which must be none; None: there is no cache
+
+
+Rows = dict[str, Measured]  # of one round
 
 
 @dataclass(frozen=True)
@@ -74,11 +84,11 @@ class Systems:
     limit: Limit
     servers: dict[str, Served]  # by the row's name
 
-    def cases(self) -> Iterator[Case[Seconds]]:
+    def cases(self) -> Iterator[Case[Rows]]:
         """Every system once in a round, the limit beside Medley."""
         yield Case(LINEAR, lambda _: self._limits())
-        yield Case(IN_PROCESS, lambda numbers: {IN_PROCESS: self.medley.run(self._jobs([], numbers)).seconds}, "base")
-        yield Case(HF, lambda numbers: {HF: self.peer.run(self._jobs([], numbers)).seconds}, "base")
+        yield Case(IN_PROCESS, self._in_process, "base")
+        yield Case(HF, lambda numbers: {HF: Measured(self.peer.run(self._jobs([], numbers)).seconds)}, "base")
         for row in self.servers:
             yield Case(row, partial(self._served, row), "mixed" if row.endswith(MIXED) else "base")
 
@@ -98,12 +108,16 @@ class Systems:
     def _jobs(self, tasks: list[Task], numbers: random.Random) -> list[Job]:
         return self.workload.jobs(tasks, numbers)
 
-    def _limits(self) -> Seconds:
+    def _limits(self) -> Rows:
         least = self.limit.measure()
-        return {LINEAR: least.linear, WITH_ATTENTION: least.with_attention}
+        return {LINEAR: Measured(least.linear), WITH_ATTENTION: Measured(least.with_attention)}
 
-    def _served(self, row: str, numbers: random.Random) -> Seconds:
-        return {row: self.servers[row].seconds(self._jobs(self.tasks if row.endswith(MIXED) else [], numbers))}
+    def _in_process(self, numbers: random.Random) -> Rows:
+        run = self.medley.run(self._jobs([], numbers))
+        return {IN_PROCESS: Measured(run.seconds, run.cached_text)}
+
+    def _served(self, row: str, numbers: random.Random) -> Rows:
+        return {row: Measured(*self.servers[row].run(self._jobs(self.tasks if row.endswith(MIXED) else [], numbers)))}
 
 
 def start(workload: Workload, vllm: Path | None, stack: ExitStack) -> Systems:
@@ -136,13 +150,13 @@ def _served_vllm(environment: Path, base: Path, workload: Workload, tasks: Seque
     return Served(server, VLLM_BASE, workload.new_tokens)
 
 
-def figures(rounds: Sequence[Seconds]) -> Iterator[Figure]:
+def figures(rounds: Sequence[Rows]) -> Iterator[Figure]:
     """Rates of two rows as ratios: a row's rate ÷ another's is the other's seconds ÷ the row's."""
 
     def rate(row: str, other: str, target: Target | None = None) -> Iterator[Figure]:
         if row in rounds[0] and other in rounds[0]:
             name = f"{row} ÷ {other}"
-            yield Figure(name, ratio([each[other] for each in rounds], [each[row] for each in rounds]), target=target)
+            yield Figure(name, ratio(_seconds(rounds, other), _seconds(rounds, row)), target=target)
 
     yield from rate(IN_PROCESS, LINEAR, Target(0.90))
     yield from rate(IN_PROCESS, WITH_ATTENTION)
@@ -152,19 +166,33 @@ def figures(rounds: Sequence[Seconds]) -> Iterator[Figure]:
     yield from rate(MEDLEY + MIXED, MEDLEY)
 
 
-def table(systems: Systems, rounds: Sequence[Seconds]) -> Table:
+def _seconds(rounds: Sequence[Rows], row: str) -> list[float]:
+    return [each[row].seconds for each in rounds]
+
+
+def cached(rounds: Sequence[Rows]) -> dict[str, list[int]]:
+    """Prompt tokens from the cache in each round, of every row that has one."""
+    found = {row: [each[row].cached for each in rounds] for row in rounds[0]}
+    return {
+        row: [count for count in counts if count is not None] for row, counts in found.items() if None not in counts
+    }
+
+
+def table(systems: Systems, rounds: Sequence[Rows]) -> Table:
     """Output tokens/s of every row, and how far the rounds lie apart."""
     workload = systems.workload
     tokens = workload.requests * workload.new_tokens
+    from_cache = {row: by_round(counts) for row, counts in cached(rounds).items()}
     rows = []
     for row in rounds[0]:
-        rates = [tokens / each[row] for each in rounds]
-        share = ratio([each[LINEAR] for each in rounds], [each[row] for each in rounds])
-        rows.append((row, f"{median(rates):.1f}", f"{min(rates):.1f} – {max(rates):.1f}", f"{share:.3f}"))
+        rates = [tokens / seconds for seconds in _seconds(rounds, row)]
+        share = ratio(_seconds(rounds, LINEAR), _seconds(rounds, row))
+        spread = f"{min(rates):.1f} – {max(rates):.1f}"
+        rows.append((row, f"{median(rates):.1f}", spread, f"{share:.3f}", from_cache.get(row, "–")))
     return Table(
         f"Llama of {systems.medley.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} "
         f"requests of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens",
-        ("system", "tokens/s", "of the rounds", "÷ limit of the linear modules"),
+        ("system", "tokens/s", "of the rounds", "÷ limit of the linear modules", "cached, by round"),
         rows,
         f"output tokens/s, prompts included in the time; median of {len(rounds)} rounds; "
         f"{len(systems.tasks)} LoRAs of rank 8 on q and v where they are mixed",
@@ -174,9 +202,7 @@ def table(systems: Systems, rounds: Sequence[Seconds]) -> Table:
 @app.command()
 def main(
     size: Size = SIZES["large"],
-    vllm: Annotated[
-        Path | None, typer.Option(exists=True, help="environment with vLLM's CPU build; absent: its rows are skipped")
-    ] = None,
+    vllm: VllmEnvironment = None,
     requests: Annotated[int, typer.Option(min=1, help="requests of a round, all at once")] = 64,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a request")] = 64,
     new: Annotated[int, typer.Option(min=1, help="new tokens of a request")] = 64,
@@ -187,7 +213,7 @@ def main(
     save: Save = False,
 ) -> None:
     """The base alone beside the machine's limit, Hugging Face `generate` and vLLM."""
-    prepare(threads)
+    prepare(threads, is_saved=save)
     if quick:
         size, requests, prompt, new, tasks, rounds = _QUICK, 8, 8, 4, 2, 1
     facts = machine()
@@ -201,10 +227,10 @@ def main(
         by_round = [
             {row: value for each in one for row, value in each.items()} for one in zip(*measured.values(), strict=True)
         ]
-        report = Report(
-            "base", "Base only, and LoRAs mixed", list(figures(by_round)), facts, [table(systems, by_round)], notes
-        )
-    report.finish(save)
+        check_fresh(cached(by_round))
+        details = [table(systems, by_round)]
+    title = "Base only, and LoRAs mixed"
+    Report("base", title, list(figures(by_round)), facts, details, notes, rounds=rounds).finish(save)
 
 
 if __name__ == "__main__":

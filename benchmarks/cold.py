@@ -220,7 +220,7 @@ def report(measured: Mapping[str, list[First]], facts: dict[str, object]) -> Rep
         Figure("a stream's longest pause meanwhile, longer by", longer, "steps", PAUSE_STEPS),
     ]
     table = Table("medians in ms", ("request", "first token", "longest pause", "a step before it"), rows)
-    return Report("cold", "Adapters that are only on disk", figures, facts, [table])
+    return Report("cold", "Adapters that are only on disk", figures, facts, [table], rounds=len(measured["cold"]))
 
 
 @app.command()
@@ -232,8 +232,8 @@ def main(
     save: Save = False,
 ) -> None:
     """First tokens of cold and resident soft prompts, and what a running stream notices of them."""
+    prepare(threads, is_saved=save)
     facts = machine()
-    prepare(threads)
     rounds = 3 if quick else rounds
     base = FrozenBase(random_base(size, _MAX_LENGTH))
     with tempfile.TemporaryDirectory() as folder, serving(base, Path(folder), rounds) as (served, store, adapters):

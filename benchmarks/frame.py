@@ -4,7 +4,8 @@ A benchmark makes `Case`s, measures them with `alternate`, turns the rounds into
 and hands them, with tables of its own if it likes, to a `Report`, which prints them and, asked to, saves them.
 
 Machines drift, so nothing is compared across runs: `alternate` goes through all cases round by round, and `ratio`
-compares two of them within each round before it takes the median.
+compares two of them within each round before it takes the median. What is saved waits for others to leave the processor
+first (`await_idle`), and a report of few rounds or of a busy machine says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import random
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -23,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Generic, TypeVar
 
+import psutil
 import torch
 import typer
 from rich.console import Console
@@ -30,6 +33,10 @@ from rich.progress import Progress
 from rich.table import Table as RichTable
 
 RESULTS = Path(__file__).with_name("results")
+LEAST_ROUNDS = 5  # for a median that counts
+IDLE = 0.10  # of all cores' time, which others may have
+_PATIENCE_SECONDS = 60.0
+_LOOK_SECONDS = 0.5
 
 
 def _not_both(context: typer.Context, value: bool) -> bool:
@@ -153,6 +160,17 @@ class Report:
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()  # what was skipped, and why; what was checked first
     command: str = field(default_factory=_command)
+    rounds: int | None = None  # whose medians the figures are; None: nothing is measured in rounds
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why the figures are worth less than they look."""
+        found = []
+        if self.rounds is not None and self.rounds < LEAST_ROUNDS:
+            found.append(f"rounds kept: {self.rounds}; a median that counts needs {LEAST_ROUNDS}")
+        if self.machine["busy"] > IDLE:
+            found.append(f"others had {self.machine['busy']:.0%} of the processor before the start")
+        return found
 
     def finish(self, save: bool) -> None:
         """Print everything, and save it if `save`."""
@@ -161,7 +179,7 @@ class Report:
             self.write(RESULTS)
 
     def print(self, out: Console) -> None:
-        """Command, machine, tables, notes, figures."""
+        """Command, machine, tables, notes, figures, warnings."""
         out.print(f"command: {self.command}", highlight=False)
         out.print(f"machine: {_in_words(self.machine)}", highlight=False)
         for table in self.tables:
@@ -170,12 +188,14 @@ class Report:
             out.print(f"note: {note}", highlight=False)
         if self.figures:
             out.print(_rich(Table(self.title, ("figure", "value", "target", "verdict"), list(self._lines()))))
+        for warning in self.warnings:
+            out.print(f"warning: {warning}", style="bold red", highlight=False)
 
     def write(self, folder: Path) -> Path:
         """`NAME.json` in `folder`, which is made if need be; an older one is replaced."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        content = asdict(self)
+        content = {**asdict(self), "warnings": self.warnings}
         for saved, figure in zip(content["figures"], self.figures, strict=True):
             saved["verdict"] = figure.verdict
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -188,16 +208,36 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What the benchmark runs on. Call it before the run: the load is that of others."""
+    """What the benchmark runs on. Call it before the run: load and `busy` are those of others."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: in a set, the benchmark's before
+        "busy": _busy(),  # of all cores' time, just now
         "python": platform.python_version(),
         **{name: version(name) for name in ("medley", "torch", "transformers", "peft")},
     }
+
+
+def await_idle() -> None:
+    """Wait until others have little of the processor, at most a minute, and say so. `machine` tells whether they have.
+
+    The load average will not do: after a benchmark it takes minutes to fall.
+    """
+    busy = _busy()
+    if busy > IDLE:
+        said = f"waiting, {_PATIENCE_SECONDS:.0f} s at most: others have {busy:.0%} of the processor"
+        console().print(said, highlight=False)
+    give_up = time.monotonic() + _PATIENCE_SECONDS
+    while busy > IDLE and time.monotonic() < give_up:
+        busy = _busy()
+
+
+def _busy() -> float:
+    """Share of all cores' time in which they did something, over a moment in which this process does nothing."""
+    return round(psutil.cpu_percent(interval=_LOOK_SECONDS) / 100, 2)
 
 
 def console() -> Console:

@@ -5,7 +5,9 @@ by clients that want their answers whole, and by one request that holds all prom
 the server's own `/metrics`. The client shares the server's cores, as it must on one machine, so it is a cheap one
 (`benchmarks.http_client`), and what it costs is printed.
 
-Beside it: the time from start to ready, and the processor time of the whole server while nobody asks for anything.
+Beside it: the time from start to ready, of a machine's first server too, whose kernels numba has to compile; and the
+processor time of the whole server while nobody asks for anything. No figure is printed where a prompt token came from a
+cache.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +46,7 @@ from benchmarks.http_client import complete_all, completion, streamed
 from benchmarks.inprocess import Size, prepare
 from benchmarks.medley import Medley
 from benchmarks.servers import Served, ServerProcess, medley_server, served_medley, write_base
-from benchmarks.workload import Job, Workload
+from benchmarks.workload import Job, Workload, by_round, check_fresh
 from server.engine.protocol import StepOutput
 from server.settings import GIB
 
@@ -63,6 +65,7 @@ class Measured:
     seconds: float
     steps: int
     step_seconds: float  # of all steps together
+    cached: int  # prompt tokens that were not computed, which must be none
     client_seconds: float = 0.0  # processor time of the HTTP client
 
     @property
@@ -118,17 +121,18 @@ def _in_process(medley: Medley, jobs: list[Job]) -> Measured:
         steps.append(output.stats.seconds)
 
     run = medley.run(jobs, watch)
-    return Measured(run.seconds, len(steps), sum(steps))
+    return Measured(run.seconds, len(steps), sum(steps), run.cached_text)
 
 
 def _over_http(served: Served, bodies: list[dict[str, Any]]) -> Measured:
     with served.server.awake():
         steps, step_seconds = _steps(served.server)
         client = time.process_time()
-        seconds, _ = complete_all(served.server.url, bodies)
+        seconds, answers = complete_all(served.server.url, bodies)
         client = time.process_time() - client
         later_steps, later_seconds = _steps(served.server)
-    return Measured(seconds, later_steps - steps, later_seconds - step_seconds, client)
+    cached = sum(answer.cached_tokens() for answer in answers)
+    return Measured(seconds, later_steps - steps, later_seconds - step_seconds, cached, client)
 
 
 def _steps(server: ServerProcess) -> tuple[int, float]:
@@ -138,13 +142,16 @@ def _steps(server: ServerProcess) -> tuple[int, float]:
     return int(float(values["count"])), float(values["sum"])
 
 
-def start_seconds(base: Path, times: int) -> list[float]:
-    """From the command to ‘ready’, of servers that are started one after the other."""
-    seconds = []
-    for _ in range(times):
-        with medley_server(base, *_KV_OPTION) as server:
-            seconds.append(time.perf_counter() - server.started)
-    return seconds
+def start_seconds(base: Path, environment: Mapping[str, str] | None = None) -> float:
+    """From the command to ‘ready’, of a server that is ended again."""
+    with medley_server(base, *_KV_OPTION, environment=environment) as server:
+        return time.perf_counter() - server.started
+
+
+def first_start_seconds(base: Path) -> float:
+    """The same where no kernel has been compiled yet."""
+    with tempfile.TemporaryDirectory(prefix="medley-kernels-") as folder:
+        return start_seconds(base, {"NUMBA_CACHE_DIR": folder})
 
 
 def idle_share(server: ServerProcess, seconds: float) -> float:
@@ -184,22 +191,26 @@ def table(workload: Workload, parameters: int, measured: dict[str, list[Measured
                 f"{median(1000 * each.mean_step for each in rounds):.2f}",
                 f"{median(each.steps for each in rounds):g}",
                 client,
+                by_round([each.cached for each in rounds]),
             )
         )
     return Table(
         f"Llama of {parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} prompts of "
         f"{workload.prompt_tokens} tokens, {workload.new_tokens} new ones each",
-        ("work", "tokens/s", "ms per step", "steps", "client, of a core"),
+        ("work", "tokens/s", "ms per step", "steps", "client, of a core", "cached, by round"),
         rows,
         f"output tokens/s; medians of {len(next(iter(measured.values())))} rounds",
     )
 
 
-def measure(workload: Workload, rounds: int, starts: int, idle: float) -> tuple[list[Figure], Table]:
-    """Everything, on one base."""
+def measure(
+    workload: Workload, rounds: int, starts: int, idle: float, *, first_start: bool
+) -> tuple[list[Figure], Table]:
+    """Everything, on one base. The first start is measured once, for it takes its time."""
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as folder:
         base = write_base(workload, Path(folder) / "base")
-        started: Sequence[float] = start_seconds(base, starts)
+        first = [first_start_seconds(base)] if first_start else []
+        started = [start_seconds(base) for _ in range(starts)]
         with ExitStack() as stack:
             medley = stack.enter_context(Medley(workload, num_prefixes=0))
             memory = (medley.kv_bytes + _ROUNDING) / GIB  # the same: both go round as many pages
@@ -207,11 +218,13 @@ def measure(workload: Workload, rounds: int, starts: int, idle: float) -> tuple[
             served = served_medley(server, workload.new_tokens)
             server.pause()
             measured = alternate(list(cases(workload, medley, served)), rounds)
+            check_fresh({row: [each.cached for each in measures] for row, measures in measured.items()})
             share = idle_share(server, idle)
             parameters = medley.parameters
     results = [
         *figures(workload, measured),
         Figure("a server's start to ready", median(started), "s", Target(10, at_most=True)),
+        *(Figure("a machine's first start, kernels compiled", seconds, "s") for seconds in first),
         Figure("an idle server, all its processes", 100 * share, "% of a core", Target(1, at_most=True)),
     ]
     return results, table(workload, parameters, measured)
@@ -231,12 +244,13 @@ def main(
     save: Save = False,
 ) -> None:
     """What HTTP costs beside the same work in-process."""
-    prepare(threads)
+    prepare(threads, is_saved=save)
     if quick:
         size, requests, prompt, new, starts, idle, rounds = SIZES["tiny"], 8, 8, 4, 1, 0.5, 1
     facts = machine()
-    results, details = measure(Workload(size, requests, prompt, new, 0, 0), rounds, starts, idle)
-    Report("http", "HTTP beside the same work in-process", results, facts, [details]).finish(save)
+    workload = Workload(size, requests, prompt, new, 0, 0)
+    results, details = measure(workload, rounds, starts, idle, first_start=not quick)
+    Report("http", "HTTP beside the same work in-process", results, facts, [details], rounds=rounds).finish(save)
 
 
 if __name__ == "__main__":

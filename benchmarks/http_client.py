@@ -52,6 +52,14 @@ class Answer:
 
     def completion_tokens(self) -> int:
         """Tokens that the usage of the answer counts. Raises `AnswerError` for an answer that is none."""
+        return int(self._usage()["completion_tokens"])
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the server says it had in its cache; 0 where it says nothing of them. Raises
+        `AnswerError`."""
+        return int((self._usage().get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+    def _usage(self) -> dict[str, Any]:
         if self.status != 200:
             raise AnswerError(f"status {self.status}: {self.body.decode(errors='replace')[:500]}")
         is_stream = self.body.startswith(b"data: ")
@@ -59,7 +67,7 @@ class Answer:
         usages = [document["usage"] for document in documents if document.get("usage")]
         if not usages:
             raise AnswerError(f"the answer ends without usage: {self.body.decode(errors='replace')[-500:]}")
-        return int(usages[-1]["completion_tokens"])
+        return cast(dict[str, Any], usages[-1])
 
 
 def completion(model: str, prompt: Any, new_tokens: int, **fields: object) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from adapters_store import (
     RedisIndex,
     TaskDirectory,
 )
-from benchmarks.frame import Figure, Quick, Report, Save, Table, Target, machine
+from benchmarks.frame import Figure, Quick, Report, Save, Table, Target, await_idle, machine
 from benchmarks.index_fill import LISTED, Sizes, fill_customizations, fill_tasks, many_user, task_name
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -170,6 +170,8 @@ def main(
 ) -> None:
     """Memory and calls of an index of the planned size."""
     sizes = Sizes(200, 1000, 20) if quick else Sizes(tasks, customizations, calls)
+    if save:
+        await_idle()
     facts = machine()
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as parent:
         folder = Path(parent)

@@ -20,6 +20,7 @@ import typer
 from transformers.utils import logging
 
 from benchmarks.bases import SIZES, BaseSize
+from benchmarks.frame import await_idle
 from benchmarks.workload import Job, Run, Task
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.engine.engine import Engine, EngineLimits
@@ -46,13 +47,16 @@ Size = Annotated[
 ]
 
 
-def prepare(threads: int | None) -> None:
-    """Set torch's threads, and silence what the reference libraries say about their own calls."""
+def prepare(threads: int | None, *, is_saved: bool = False) -> None:
+    """Set torch's threads, silence what the reference libraries say about their own calls, and wait for an idle machine
+    where the figures are to be saved."""
     if threads is not None:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="peft|transformers")
+    if is_saved:
+        await_idle()
 
 
 def default(setting: str) -> Any:

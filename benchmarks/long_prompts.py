@@ -206,12 +206,12 @@ def _report(
         f"Llama of {base.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} streams, "
         f"medians of {rounds} rounds; the gap is the longest of all streams"
     )
-    return Report("long_prompts", title, figures, facts, [arrival_table, step_table])
+    return Report("long_prompts", title, figures, facts, [arrival_table, step_table], rounds=rounds)
 
 
 @app.command()
 def main(
-    size: Size = SIZES["small"],
+    size: Size = SIZES["large"],
     streams: Annotated[int, typer.Option(min=2, help="requests that decode")] = 32,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of each of them")] = 64,
     long: Annotated[int, typer.Option(min=2, help="tokens of the long prompt")] = 1900,
@@ -224,7 +224,7 @@ def main(
     """A long prompt beside running streams."""
     if quick:
         size, streams, prompt, long, steps, rounds = SIZES["tiny"], 4, 8, 400, 3, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     chunks = -(-long // PREFILL_TOKENS["cpu"])
     longest = max(long, prompt) + steps + chunks + _ROOM
     base = FrozenBase(random_base(size, longest))

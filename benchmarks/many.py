@@ -151,21 +151,23 @@ def compare(base: FrozenBase, workload: Workload, registered: int, resident: int
         f"of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens, median of {rounds} rounds"
     )
     columns = ("tasks", "tokens/s", f"÷ {FEW}", "distinct in a step", "loads", "ms each", "cached virtual / text")
-    table = Table("Many tasks", columns, rows, caption="loads: of one round; the others' figures are medians")
-    return Report("many", title, [*figures, *looked_up.figures], facts, [table, looked_up.table])
+    caption = "medians of the rounds; loads and cached positions are those of one round, cached text the most of any"
+    table = Table("Many tasks", columns, rows, caption)
+    tables = [table, looked_up.table]
+    return Report("many", title, [*figures, *looked_up.figures], facts, tables, rounds=rounds)
 
 
 def _row(name: str, measures: list[Measured], to_few: float) -> Sequence[str]:
     loads = [seconds for each in measures for seconds in each.loads]
-    run = measures[-1].run
+    runs = [each.run for each in measures]
     return (
         name,
-        f"{median(each.run.tokens_per_second for each in measures):.1f}",
+        f"{median(run.tokens_per_second for run in runs):.1f}",
         f"{to_few:.3f}",
         f"{median(each.adapters for each in measures):.0f}",
         f"{median(len(each.loads) for each in measures):.0f}",
         f"{median(loads) * 1e3:.1f}" if loads else "–",
-        f"{run.cached_virtual} / {max(each.run.cached_text for each in measures)}",
+        f"{median(run.cached_virtual for run in runs):.0f} / {max(run.cached_text for run in runs)}",
     )
 
 
@@ -186,7 +188,7 @@ def main(
     """10,000 tasks registered, 1,000 resident, beside 16 tasks."""
     if quick:
         size, registered, resident, requests, prompt, new, virtual, rounds = SIZES["tiny"], 60, 30, 8, 8, 4, 5, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     workload = Workload(size, requests, prompt, new, virtual, tasks=1)
     base = FrozenBase(random_base(size, workload.length))
     compare(base, workload, registered, min(resident, registered), rounds).finish(save)

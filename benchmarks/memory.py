@@ -165,7 +165,7 @@ def compare(size: BaseSize, workload: Workload, adapters: int, requests: int, ro
         f"the soft prompt's {workload.virtual_tokens} virtual tokens are {prefix.expected} pages",
     ]
     title = f"Llama ({size}), float32: median of {rounds} rounds"
-    return Report("memory", title, figures, facts, [Table("Memory", ("what", "MiB"), rows)], notes)
+    return Report("memory", title, figures, facts, [Table("Memory", ("what", "MiB"), rows)], notes, rounds=rounds)
 
 
 def _mib(size: float) -> str:
@@ -186,7 +186,7 @@ def main(
     """Memory at start-up, of adapters, of prefixes, under overload."""
     if quick:
         size, adapters, requests, rounds = _TINY, 16, 24, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     workload = Workload(size, requests=1, prompt_tokens=32, new_tokens=16, virtual_tokens=virtual, tasks=4)
     compare(size, workload, adapters, requests, rounds).finish(save)
 

@@ -3,7 +3,8 @@
 For each row of the table of methods, alternated on one engine: the base only; requests of 16 tasks of the method; of
 as many distinct tasks as there are requests, all in one step once their prompts are in. Each adapter is resident and
 each prefix computed before the clock starts. Beside the rates: what a task keeps in the bank and in pages of the KV
-cache, and its parameters.
+cache, its parameters, and what it keeps in the bank ÷ its own tensors: the values in its files, indices too, in the
+base's type.
 
 Then the base only, alternated on two engines: one that has never had an adapter, and one where 16 of every method's
 are resident and no request asks for them.
@@ -51,6 +52,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BASE = "base only"
 FEW = 16
 UNUSED = Target(0.98)
+RESIDENT = Target(1.1, at_most=True)  # bytes in the bank ÷ those of the adapter's own tensors
 _EMPTY, _FULL = f"{BASE}, nothing resident", f"{BASE}, all resident"
 _SPARE = 2**24  # bytes of a bank beside a row's own: what its adapters share, and where a width's rows must begin
 _PAGE: int = default("page_size")
@@ -126,12 +128,23 @@ def row(base: FrozenBase, workload: Workload, made: Made, rounds: int) -> Sequen
         f"{median(each.adapters for each in measured['distinct tasks']):.0f}",
         f"{made.adapter.parameters:,}",
         f"{made.adapter.bytes:,}" + (f" + {shared:,} once" if shared else ""),
+        _to_tensors(base, made.adapter, shared),
         f"{_page_bytes(base, made.adapter):,}",
     )
 
 
 def _measuring(engine: Engine, workload: Workload, tasks: Sequence[Task]) -> Callable[[random.Random], Measured]:
     return lambda prompts: measure(engine, workload, tasks, prompts)
+
+
+def _to_tensors(base: FrozenBase, adapter: Adapter, shared: int) -> str:
+    """Bytes in the bank ÷ those of its own tensors, and the verdict; a text has no tensors. `shared` bytes of its files
+    are in the bank once for all adapters."""
+    own = adapter.parameters * base.dtype.itemsize - shared
+    if not own:
+        return "–"
+    figure = Figure("÷ tensors", adapter.bytes / own, target=RESIDENT)
+    return f"{figure.value:.2f} {figure.verdict}"
 
 
 def _page_bytes(base: FrozenBase, adapter: Adapter) -> int:
@@ -180,11 +193,11 @@ def compare(workload: Workload, rounds: int) -> Report:
     columns = ("method", f"{BASE}, tokens/s", f"{FEW} tasks ÷", f"{workload.tasks} tasks ÷", "in a step", "parameters")
     table = Table(
         "Methods",
-        (*columns, "bytes in the bank", "in pages"),
+        (*columns, "bytes in the bank", f"÷ tensors ({RESIDENT})", "in pages"),
         rows,
         caption=f"÷ {BASE}; ‘in a step’ are distinct adapters, in the step that had most; bytes are of one task",
     )
-    return Report("methods", title, [figure], facts, [table], notes)
+    return Report("methods", title, [figure], facts, [table], notes, rounds=rounds)
 
 
 @app.command()
@@ -202,7 +215,7 @@ def main(
     """Every method beside the base alone."""
     if quick:
         size, requests, prompt, new, virtual, rounds = SIZES["tiny"], 4, 4, 4, 5, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     compare(Workload(size, requests, prompt, new, virtual, tasks=requests), rounds).finish(save)
 
 

@@ -6,6 +6,11 @@ are there too; mixtures with a base of which as many rows have such a text; ever
 and what it is compared with run one right after the other, in turn the one and the other first: machines drift within a
 minute.
 
+Virtual tokens are one more than whole pages, so that every request also copies the partly filled page behind the shared
+ones: a whole page, however little is in it. Text is served from the cache by whole pages only; a text of as many tokens
+would have the base compute the one that is left for every request, and one of a page more would have it attend over
+more than the tasks do. So the cached text is the whole pages: one token less to attend over, and no copy.
+
 Every request has a fresh prompt. Adapters, prefixes and the cached texts are there before the clock starts, so the
 cached tokens that are printed are virtual ones and these texts, and nothing else.
 
@@ -172,7 +177,7 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
                 "rounds"
             )
     figures = list(chain(_over_base(rows, pairs), _over_peft(rows, pairs)))
-    return Report("mixed", title, figures, facts, [_table(rows, pairs)], notes)
+    return Report("mixed", title, figures, facts, [_table(rows, pairs, workload)], notes, rounds=rounds)
 
 
 def _rates(pairs: Sequence[Measured]) -> list[float]:
@@ -214,7 +219,7 @@ def _cached(runs: Sequence[Run]) -> str:
     )
 
 
-def _table(rows: Sequence[Mix], pairs: dict[str, list[Measured]]) -> Table:
+def _table(rows: Sequence[Mix], pairs: dict[str, list[Measured]], workload: Workload) -> Table:
     with_peft = bool(_peft_rates(pairs[BASE]))
     lines = []
     for mix in rows:
@@ -239,19 +244,19 @@ def _table(rows: Sequence[Mix], pairs: dict[str, list[Measured]]) -> Table:
         columns += ["PEFT tokens/s", "PEFT runs it as"]
     caption = (
         "tokens/s are output tokens, ‘beside’ of what the row is compared with; ‘cached’ are positions not computed, "
-        "in each round: virtual tokens / text"
+        f"in each round: virtual tokens / text; a prompt or prefix has {workload.virtual_tokens}, in pages of {_PAGE}"
     )
     return Table("Mixed tasks", columns, lines, caption)
 
 
 @app.command()
 def main(
-    size: Size = SIZES["small"],
+    size: Size = SIZES["large"],
     requests: Annotated[int, typer.Option(min=1, help="requests of a round, all at once")] = 64,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of a request")] = 64,
     new: Annotated[int, typer.Option(min=1, help="new tokens of a request")] = 64,
     tasks: Annotated[int, typer.Option(min=1, help="tasks of each method")] = 16,
-    virtual: Annotated[int, typer.Option(min=_PAGE, help="virtual tokens of a prompt or a prefix")] = 2 * _PAGE,
+    virtual: Annotated[int, typer.Option(min=_PAGE, help="virtual tokens of a prompt or a prefix")] = 2 * _PAGE + 1,
     peft: Annotated[
         bool, typer.Option("--peft", help="beside Hugging Face PEFT, which takes most of the time")
     ] = False,
@@ -263,7 +268,7 @@ def main(
     """Mixed tasks beside the base alone and, if asked, beside Hugging Face PEFT."""
     if quick:
         size, requests, prompt, new, tasks, rounds = SIZES["tiny"], 8, 8, 4, 4, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     compare(Workload(size, requests, prompt, new, virtual, tasks), rounds, with_peft=peft).finish(save)
 
 

@@ -135,13 +135,14 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def medley_server(base: Path, *options: str) -> Iterator[ServerProcess]:
-    """`medley serve` on a base's folder, with data and log in a temporary folder."""
+def medley_server(base: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """`medley serve` on a base's folder, with data and log in a temporary folder; `environment` is added to this
+    process's."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medley-server-")))
         data = folder / "data"
         command = [str(_MEDLEY), "serve", "--model", str(base), "--data-dir", str(data), "--port", "0", *options]
-        server = stack.enter_context(ServerProcess(command, folder / "log"))
+        server = stack.enter_context(ServerProcess(command, folder / "log", environment))
         server.url = server.wait_for_line(_READY)
         yield server
 
@@ -157,16 +158,18 @@ def upload(server: ServerProcess, tasks: Sequence[Task]) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A server as one of the systems: jobs in, seconds or tokens out; stopped except while it works."""
+    """A server as one of the systems: jobs in, seconds and tokens out; stopped except while it works."""
 
     server: ServerProcess
     base_name: str  # what it calls the base; tasks go by their own names
     new_tokens: int
 
-    def seconds(self, jobs: Sequence[Job]) -> float:
-        """All jobs at once, one request each, from the first request to the last answer's end."""
+    def run(self, jobs: Sequence[Job]) -> tuple[float, int]:
+        """All jobs at once, one request each: seconds from the first request to the last answer's end, and how many
+        prompt tokens came from the server's cache."""
         with self.server.awake():
-            return complete_all(self.server.url, [self.request(job) for job in jobs])[0]
+            seconds, answers = complete_all(self.server.url, [self.request(job) for job in jobs])
+        return seconds, sum(answer.cached_tokens() for answer in answers)
 
     def answers(self, jobs: Sequence[Job]) -> list[list[int]]:
         """The new tokens of each job."""

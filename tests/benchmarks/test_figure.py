@@ -8,13 +8,14 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.figure import saved, share_of_target, write
-from benchmarks.frame import Figure, Report, Target, machine
+from benchmarks.frame import Figure, Report, Table, Target, machine
 
 SVG = "{http://www.w3.org/2000/svg}"
+MACHINE = {**machine(), "busy": 0.0}
 
 
-def _save(folder: Path, name: str, *figures: Figure) -> None:
-    Report(name, f"title of {name}", figures, machine()).write(folder)
+def _save(folder: Path, name: str, *figures: Figure, rounds: int | None = None) -> None:
+    Report(name, f"title of {name}", figures, MACHINE, rounds=rounds).write(folder)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,26 @@ def test_every_figure_with_a_target_is_a_bar_of_its_length(tmp_path: Path) -> No
 def test_the_groups_are_in_the_order_asked_for(tmp_path: Path) -> None:
     for name in ("a", "b"):
         _save(tmp_path, name, Figure("met", 1.0, target=Target(1)))
-    assert [group.title for group in saved(tmp_path, ["b", "a"])[0]] == ["title of b", "title of a"]
+    assert [group.title for group in saved(tmp_path, ["b", "a"]).groups] == ["b: title of b", "a: title of a"]
+
+
+def test_few_rounds_are_told_in_the_heading(tmp_path: Path) -> None:
+    _save(tmp_path, "a", Figure("met", 1.0, target=Target(1)), rounds=3)
+    assert saved(tmp_path, ["a"]).groups[0].title.startswith("a: rounds kept: 3;")
+
+
+def test_the_systems_of_base_are_compared_first(tmp_path: Path) -> None:
+    rows = [("limit: products", "400.0"), ("Medley in-process", "300.0"), ("vLLM over HTTP", "200.0")]
+    table = Table("the work", ("system", "tokens/s"), rows, "a caption")
+    Report("base", "title", [Figure("met", 1.0, target=Target(1))], MACHINE, [table]).write(tmp_path)
+    svg = ElementTree.parse(write(["base"], tmp_path)).getroot()
+    bars = [bar for bar in svg.iter(f"{SVG}rect") if bar.get("class") != "card"]
+    assert [bar.get("class") for bar in bars] == ["limit", "ours", "other", "reached"]
+    limit, ours, other, _ = (float(bar.attrib["width"]) for bar in bars)
+    assert ours / limit == pytest.approx(0.75)
+    assert other / limit == pytest.approx(0.5)
+    texts = [text.text for text in svg.iter(f"{SVG}text")]
+    assert {"the work", "a caption", "Medley in-process", "300 tokens/s"} <= set(texts)
 
 
 def test_without_any_report_there_is_nothing_to_draw(tmp_path: Path) -> None:

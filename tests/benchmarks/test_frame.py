@@ -7,9 +7,11 @@ import json
 import random
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
+from benchmarks import frame
 from benchmarks.frame import Case, Figure, Report, Table, Target, alternate, machine, ratio
 
 
@@ -53,6 +55,30 @@ def test_a_ratio_compares_within_rounds_before_it_takes_the_median() -> None:
     # The machine halves its speed after the first round; each round says 2 all the same.
     assert ratio([4.0, 8.0, 8.0], [2.0, 4.0, 4.0]) == 2.0
     assert ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("rounds", "busy", "warnings"),
+    [(None, 0.0, 0), (5, frame.IDLE, 0), (4, 0.0, 1), (5, 0.11, 1), (1, 1.0, 2)],
+)
+def test_few_rounds_and_a_busy_machine_are_warned_of_in_print_and_file(
+    rounds: int | None, busy: float, warnings: int, tmp_path: Path
+) -> None:
+    report = Report("trial", "A trial", [], {"busy": busy}, rounds=rounds)
+    out = io.StringIO()
+    report.print(Console(file=out, width=150))
+    assert out.getvalue().count("warning: ") == warnings
+    assert len(json.loads(report.write(tmp_path).read_text("utf-8"))["warnings"]) == warnings
+
+
+def test_who_saves_waits_for_an_idle_machine_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([40.0, 30.0, 5.0])
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: next(looks))
+    frame.await_idle()
+    assert next(looks, None) is None
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 40.0)
+    monkeypatch.setattr(frame, "_PATIENCE_SECONDS", 0.0)
+    frame.await_idle()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_a_document_is_counted_by_its_usage() -> None:
     assert sent["temperature"] == 0
     assert sent["ignore_eos"] is True
     assert answers[0].completion_tokens() == 3
+    assert answers[0].cached_tokens() == 0
     assert 0 < answers[0].seconds <= seconds
 
 
@@ -77,6 +78,16 @@ def test_a_stream_is_put_together_from_its_chunks(chunks: int) -> None:
     for answer in answers:
         assert answer.events() == [json.loads(event), json.loads(event), json.loads(USAGE)]
         assert answer.completion_tokens() == 3
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"), [(None, 0), ({}, 0), ({"cached_tokens": None}, 0), ({"cached_tokens": 2}, 2)]
+)
+def test_cached_tokens_are_those_that_the_usage_tells_of(details: object, cached: int) -> None:
+    usage = {"prompt_tokens": 2, "completion_tokens": 3, "prompt_tokens_details": details}
+    with _server(_document(json.dumps({"choices": [], "usage": usage}))) as url:
+        _, answers = complete_all(url, [completion("base", [1, 2], 3)])
+    assert answers[0].cached_tokens() == cached
 
 
 def test_a_request_of_many_prompts_wants_the_tokens_of_all() -> None:

@@ -61,9 +61,11 @@ def test_quick_mode_prints_a_row_for_each_recipe_and_why_others_are_skipped(monk
     monkeypatch.setattr(methods, "RECIPES", (*chosen, Recipe("loha", "", impossible)))
     outcome = CliRunner().invoke(app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    for recipe in chosen:  # │ base │ 16 tasks │ distinct tasks │ in a step │ parameters │ bytes │ in pages │
+    # │ base │ 16 tasks │ distinct tasks │ in a step │ parameters │ bytes │ ÷ tensors │ in pages │
+    for recipe in chosen:
         rates = r"\d+\.\d │ +\d+\.\d+ │ +\d+\.\d+"
-        line = rf"{re.escape(recipe.title)} +│ +{rates} │ +4 │ +[\d,]+ │ +[\d,]+( \+ [\d,]+ once)? │ +[\d,]+ │"
+        size = r"[\d,]+( \+ [\d,]+ once)? │ +1\.00 reached │ +[\d,]+"
+        line = rf"{re.escape(recipe.title)} +│ +{rates} │ +4 │ +[\d,]+ │ +{size} │"
         assert re.search(line, outcome.output), f"{recipe.title} is missing in:\n{outcome.output}"
     assert re.search(r"vera +│.* \+ 32,768 once │", outcome.output), "64 · (64 + 64) shared values of four bytes"
     assert "loha is skipped: this base has no such module" in outcome.output

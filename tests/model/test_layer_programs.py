@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from server.adapters.deltas import input_scale, low_rank, output_scale, shift
 from server.model import FrozenBase, Rows, Segment, SitePlan
@@ -22,6 +23,7 @@ from server.model.layer_programs import LayerStack
 from server.model.program_kernels import MOST_TOKENS
 from server.model.row_deltas import RowDelta
 from server.model.sites import SiteKind, SiteShape
+from tests.model.packed import for_many_tokens
 from tests.reference.bases import VOCABULARY, tiny_base
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
@@ -144,6 +146,27 @@ def test_a_class_that_changes_what_one_layer_passes_to_the_next_keeps_its_own_la
     assert FrozenBase(model).layer_programs == []
 
 
+def _eager_with_sinks(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
+    k, v = (modeling_llama.repeat_kv(part, module.num_key_value_groups) for part in (k, v))
+    scores = q @ k.transpose(2, 3) * named["scaling"] + (0 if mask is None else mask)
+    sinks = named["s_aux"].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+@torch.inference_mode()
+def test_a_class_that_makes_its_sinks_anew_keeps_its_own_layers(is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs name the address of the sinks, which in a class that keeps them are the same tensor in every call."""
+    sinks, own = torch.linspace(-1, 1, 4), modeling_llama.LlamaAttention.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        return own(self, *arguments, **named, s_aux=sinks if is_kept else sinks.clone())
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", _eager_with_sinks)
+    assert len(FrozenBase(tiny_base("llama")).layer_programs) == (2 if is_kept else 0)
+
+
 @torch.inference_mode()
 def test_layers_of_another_width_keep_their_own() -> None:
     model = tiny_base("llama")
@@ -176,6 +199,7 @@ def test_bases_take_steps_in_turn() -> None:
             assert torch.equal(base.forward(base.embed(ids), ids, Mixing(), {}, ids), expected)
 
 
+@for_many_tokens
 @pytest.mark.usefixtures("threads")
 @torch.inference_mode()
 def test_a_token_s_logits_are_the_same_to_the_bit_in_every_company() -> None:
@@ -306,6 +330,7 @@ def test_stacks_of_adapters_at_any_sites_are_applied_in_order(seed: int, monkeyp
     assert all(_compare(base, plan, monkeypatch))
 
 
+@for_many_tokens
 @pytest.mark.parametrize(
     ("site", "kind", "by_kernel"),
     [
@@ -326,6 +351,7 @@ def test_a_layer_with_other_deltas_is_left_to_its_class(
     assert _compare(base, plan, monkeypatch) == [True, False]
 
 
+@for_many_tokens
 @torch.inference_mode()
 def test_input_and_output_changes_at_one_module_are_left_to_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     base = FrozenBase(tiny_base("llama"))

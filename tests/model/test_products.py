@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from server.model import products
+from server.model import Sites, products
 from server.model.activations import Activation
+from server.model.agreement import agree
 from tests.model.packed import packed
 
 IN, OUT = 40, 24
@@ -136,3 +137,27 @@ def test_only_plain_linear_modules_on_a_cpu_in_a_floating_dtype_are_packed() -> 
     assert not products.can_pack(nn.LayerNorm(IN))
     assert not products.can_pack(nn.Linear(IN, OUT).double())
     assert not products.can_pack(nn.Linear(IN, OUT, device="meta"))
+
+
+@torch.inference_mode()
+def test_a_packed_weight_that_gives_other_products_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Linear(IN, OUT)
+    weight, inputs = module.weight, torch.randn(3, IN)
+    expected = module(inputs)
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda dense, rows: reorder(dense * (1 + 1e-4), rows)
+    )
+    assert products.pack(module) is None
+    assert module.weight is weight
+    sites = Sites(nn.ModuleDict({"only": module}), None)
+    assert not sites.is_packed(module)
+    assert torch.equal(module(inputs), expected)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+def test_nothing_agrees_with_what_is_not_finite(wrong: float) -> None:
+    own = torch.tensor([1.0, wrong])
+    assert not agree(torch.tensor([1.0, 2.0]), own)
+    assert not agree(own, own.clone())
+    assert not agree(own, torch.tensor([1.0, 2.0]))

@@ -13,7 +13,7 @@ from server.model import products
 from server.model.activations import Activation
 from server.model.program_kernels import MOST_TOKENS
 from server.model.programs import Programs
-from tests.model.packed import packed
+from tests.model.packed import for_many_tokens, packed
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
 
@@ -80,6 +80,7 @@ def test_a_product_is_torch_s(widths: tuple[int, int], bias: bool) -> None:
         _near(program(inputs[0]), packed.expected(inputs[0]))
 
 
+@for_many_tokens
 @pytest.mark.usefixtures("threads")
 @torch.inference_mode()
 def test_a_token_s_product_is_the_same_to_the_bit_in_every_company() -> None:
