@@ -3,24 +3,27 @@
 The base is a random Llama of a published shape, made on the device in bfloat16. Both limits are measured in the same
 run: the bandwidth by a copy (bytes read and written), the matrix products by one of 8192 × 8192 × 8192. A decode step
 must read every weight but the input embedding's and every key and value of its rows; a prefill step must do two
-operations per weight of the layers and token, and those of causal attention.
+operations per weight of the layers and token, and those of causal attention. Every figure is the median of the rounds,
+of which one more comes first, to warm up.
 
 Without CUDA there is nothing to measure; `--quick --device cpu` only shows that the benchmark runs.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from statistics import median
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, alternate, machine, ratio
-from benchmarks.gpu_base import SHAPES, bandwidth, decode_bytes, prefill_operations, product_rate, random_llama
+from benchmarks.gpu_base import SHAPES, Shape, bandwidth, decode_bytes, prefill_operations, product_rate, random_llama
 from benchmarks.gpu_engine import MEASURED_STEPS, WARM_STEPS, Bench, own_rate, peers
 from benchmarks.inprocess import prepare
 from server.model import FrozenBase
@@ -37,41 +40,64 @@ def compare(size: str, device: torch.device, rounds: int) -> Report:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     facts = _machine(device)
     rates = bandwidth(device), product_rate(device, dtype)
-    model = random_llama(shape, device, dtype)
     rows, context = min(32, max(shape.rows)), shape.contexts[0]
-    theirs = list(peers(model, shape, rows, context))  # before the base is wrapped
-    base = FrozenBase(model)
-    bench = Bench(shape, base)
-    decoded, skipped = _decode_table(bench, rates[0])
-    prefilled = prefill_operations(shape, base) / bench.prefill(random.Random(1), 4) / rates[1]
-    work = [("Medley", own_rate(bench, rows, context)), *theirs]
+    figures, decoded, own, notes = _own(shape, device, dtype, rates, rounds, (rows, context))
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a peer takes what is free, and does not ask torch for what that keeps
+    # last, and on a model of their own: what they change and do not give back is nobody's loss
+    work = [("Medley", own), *peers(random_llama(shape, device, dtype), shape, rows, context)]
     tables = [
-        Table(
-            "Decode",
-            ("rows × context", "ms a step", "of the bandwidth limit"),
-            [(name, f"{1e3 * each:.3f}", f"{share:.3f}") for name, each, share in decoded],
-        ),
+        decoded,
         Table(
             f"{rows} prompts of {context} tokens, {WARM_STEPS + MEASURED_STEPS} new ones each",
             ("system", "output tokens/s"),
             [(name, rate if isinstance(rate, str) else f"{rate:.0f}") for name, rate in work],
         ),
     ]
+    return Report(f"gpu_{size}", f"{size} in {dtype}".replace("torch.", ""), figures, facts, tables, notes)
+
+
+def _own(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    rates: tuple[float, float],
+    rounds: int,
+    work: tuple[int, int],
+) -> tuple[list[Figure], Table, float, list[str]]:
+    """Of the engine: figures, decode steps, output tokens a second of `work` (rows, context), notes. `rates` are the
+    machine's, of copies and of products. Nothing that it makes outlives it."""
+    base = FrozenBase(random_llama(shape, device, dtype))
+    bench = Bench(shape, base)
+    decoded, skipped = _decoded(bench, rates[0], rounds)
+    if not decoded:
+        _no_figures(f"the device has no room for {skipped[0]} (rows × context) beside the base")
+    prefilled = prefill_operations(shape, base) / bench.prefill(random.Random(1), 4, rounds) / rates[1]
     figures = [
         Figure("decode ÷ bandwidth limit, the worst", min(share for _, _, share in decoded), target=DECODE),
         Figure("prefill ÷ matrix-product limit", prefilled, target=PREFILL),
         *_mixed(bench, rounds),
     ]
+    table = Table(
+        "Decode",
+        ("rows × context", "ms a step", "of the bandwidth limit"),
+        [(name, f"{1e3 * each:.3f}", f"{share:.3f}") for name, each, share in decoded],
+    )
     notes = [
         f"attention: {bench.attention}",
         f"copy {rates[0] / 1e12:.2f} TB/s, product {rates[1] / 1e12:.0f} TFLOP/s",
         *[f"{each} (rows × context) has no room on the device and was not run" for each in skipped],
     ]
-    return Report("gpu", f"{size} in {dtype}".replace("torch.", ""), figures, facts, tables, notes)
+    return figures, table, own_rate(bench, *work), notes
 
 
-def _decode_table(bench: Bench, rate: float) -> tuple[list[tuple[str, float, float]], list[str]]:
-    """(what, seconds of a step, share of the limit) of each number of rows and context that fits; those that do not."""
+def _decoded(bench: Bench, rate: float, rounds: int) -> tuple[list[tuple[str, float, float]], list[str]]:
+    """(what, seconds of a step, share of the limit) of each number of rows and context that fits; those that do not.
+
+    All runs of one number have the same prompts, which the KV cache still has from the first: what is measured begins
+    behind them.
+    """
     lines: list[tuple[str, float, float]] = []
     skipped: list[str] = []
     for context, rows in itertools.product(bench.shape.contexts, bench.shape.rows):
@@ -80,10 +106,11 @@ def _decode_table(bench: Bench, rate: float) -> tuple[list[tuple[str, float, flo
             skipped.append(f"{rows} × {context}")
             continue
         engine = bench.engine(rows, longest)
-        decoded = bench.decode(engine, random.Random(2), rows, context)
+        runs = [bench.decode(engine, random.Random(2), rows, context) for _ in range(rounds + 1)][1:]
         engine.close()
-        limit = decode_bytes(bench.base, decoded.context) / rate
-        lines.append((f"{rows} × {context}", decoded.seconds, limit / decoded.seconds))
+        limit = decode_bytes(bench.base, round(median(run.context for run in runs))) / rate
+        seconds = median(run.seconds for run in runs)
+        lines.append((f"{rows} × {context}", seconds, limit / seconds))
     return lines, skipped
 
 
@@ -115,10 +142,27 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def _no_figures(reason: str) -> NoReturn:
+    print(f"no figures: {reason}")
+    sys.exit(1)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch knows no such device
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"use cuda, cuda:N or cpu, not {name}")
+    return device
+
+
 @app.command()
 def main(
     size: Annotated[str, typer.Option(help=f"base: {', '.join(SHAPES)}")] = "8b",
-    device: Annotated[str, typer.Option(help="cuda; cpu only with --quick")] = "cuda",
+    device: Annotated[
+        torch.device, typer.Option(parser=_device, metavar="DEVICE", help="cuda, cuda:N; cpu only with --quick")
+    ] = torch.device("cuda"),  # noqa: B008 - a device is a value
     rounds: Rounds = 5,
     quick: Quick = False,
     save: Save = False,
@@ -126,15 +170,14 @@ def main(
     """A GPU's share of its own limits, and what mixing costs on it."""
     if size not in SHAPES:
         raise typer.BadParameter(f"use one of {', '.join(SHAPES)}")
-    if device == "cpu" and not quick:
+    if device.type == "cpu" and not quick:
         raise typer.BadParameter("figures are of a GPU; on a CPU only --quick runs")
-    if device != "cpu" and not torch.cuda.is_available():
-        print("no figures: torch finds no CUDA device")
-        sys.exit(1)
+    if device.type != "cpu" and not torch.cuda.is_available():
+        _no_figures("torch finds no CUDA device")
     if quick:
         size, rounds = "tiny", 1
     prepare(None)
-    compare(size, torch.device(device), rounds).finish(save)
+    compare(size, device, rounds).finish(save)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from server.model.varlen_attention import find_kernel
 
 MEASURED_STEPS, WARM_STEPS = 24, 8  # of one decode measurement; a graph is captured at its second step
 VIRTUAL_TOKENS, RANK = 32, 16
+_REPEATS = 5  # of the same work by the engine and by its peers
 _PREFILL_TOKENS = 8192  # of a step
 _BANK_BYTES = 8 * 2**30
 _SPARE_BYTES = 4 * 2**30  # activations, graphs
@@ -41,11 +42,9 @@ class Bench:
     """One base and one engine at a time."""
 
     def __init__(self, shape: Shape, base: FrozenBase) -> None:
-        """Choose the page size: the server's own, unless a kernel reads larger pages in place and not these."""
+        """Pages are as large as the server's, and attention is what it would choose."""
         self.shape, self.base = shape, base
-        sizes = [engine_limits(0).page_size, 256]
-        found = [size for size in sizes if find_kernel(base, size)[0] is not None]
-        self.page_size = next(iter(found), sizes[0])
+        self.page_size = engine_limits(0).page_size
         self.attention = f"{find_kernel(base, self.page_size)[1]}, pages of {self.page_size} tokens"
         self._ids = itertools.count()
 
@@ -53,7 +52,6 @@ class Bench:
         """With room for so many rows, whatever virtual tokens they have."""
         limits = engine_limits(
             self._pages(rows, context),
-            page_size=self.page_size,
             max_seqs=rows,
             max_prefill_tokens=_PREFILL_TOKENS,
             max_batch_tokens=_PREFILL_TOKENS + rows,
@@ -93,6 +91,8 @@ class Bench:
         lengths = rows * context
         taken: list[tuple[float, int]] = []
         while len(taken) < wanted:
+            if not engine.has_work:  # adapters came too late for that
+                raise RuntimeError(f"rows ended before all {rows} had decoded together for {wanted} steps")
             stats = step(engine).stats
             lengths += stats.decode_tokens
             if stats.decode_tokens == rows and not stats.prefill_tokens:
@@ -102,11 +102,11 @@ class Bench:
         measured = taken[WARM_STEPS:]
         return Decode(median(each for each, _ in measured), round(median(length for _, length in measured)))
 
-    def prefill(self, rng: random.Random, prompts: int) -> float:
-        """Seconds of whole prompts' only step, per token."""
+    def prefill(self, rng: random.Random, prompts: int, rounds: int) -> float:
+        """Seconds of whole prompts' only step, per token: the median of so many, one more to warm up not counted."""
         engine = self.engine(prompts, self.shape.prompt)
         taken: list[float] = []
-        for _ in range(4):
+        for _ in range(rounds + 1):
             for _ in range(prompts):
                 engine.add(self._request([rng.randrange(self.shape.vocabulary) for _ in range(self.shape.prompt)], 1))
             spent = tokens = 0.0
@@ -179,7 +179,7 @@ def peers(model: PreTrainedModel, shape: Shape, rows: int, context: int) -> Iter
     for name, call in ways.items():
         try:
             with torch.inference_mode():
-                yield name, rows * new / seconds(call, model.device, repeats=3)
+                yield name, rows * new / seconds(call, model.device, repeats=_REPEATS)
         except Exception as error:  # noqa: BLE001 - a peer may not run on this machine: the report says so
             yield name, f"did not run: {error}".partition("\n")[0]
 
@@ -196,6 +196,6 @@ def own_rate(bench: Bench, rows: int, context: int) -> float:
         while engine.has_work:
             step(engine)
 
-    rate = rows * new / seconds(work, bench.base.device, repeats=3)
+    rate = rows * new / seconds(work, bench.base.device, repeats=_REPEATS)
     engine.close()
     return rate

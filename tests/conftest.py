@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import structlog
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels run without a device; read when it is first imported
 torch.set_num_threads(1)  # each of the runner's workers has a core; the models are tiny
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
-import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from server.model.device_deltas import Launch, Placed, Tokens

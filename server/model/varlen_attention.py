@@ -1,16 +1,17 @@
-"""Attention by a CUDA kernel that reads the pages where they are: torch's variable-length attention.
+"""Attention by a CUDA kernel that reads the pages where they are: torch's variable-length attention, else Triton's.
 
-One call per layer for rows of one token and chunks of prompts alike. Not every torch has it, not every build takes
-block tables (FlashAttention 3, once activated by `torch.nn.attention.activate_flash_attention_impl`, does; what torch's
-own wheels have built in may not), some want pages of 256 tokens, and none does all that a class may ask for. So nothing
-is read off version numbers: `find_kernel` calls it on random pages of this base's shapes and compares its answers with
+One call per layer for rows of one token and chunks of prompts alike. Not every torch has `varlen_attn`, not every build
+takes block tables (FlashAttention 3 and 4 do, where they are installed and put in the place of what torch's own wheels
+have built in, by `torch.nn.attention.activate_flash_attention_impl`), some want pages of 256 tokens, and none does all
+that a class may ask for. `server.model.triton_attention` does, and takes pages of any size. Nothing is read off version
+numbers: `find_kernel` calls one after the other on random pages of this base's shapes and compares the answers with
 those of the gathered attention.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -24,17 +25,18 @@ from server.model.base import FrozenBase
 from server.model.kv_cache import KVCache, LayerShape, index_tensor
 from server.model.paged_attention import PagedAttention
 
-Kernel = Callable[[Tensor, Tensor, Tensor, VarlenRows, float | None, tuple[int, int]], Tensor]
-"""(query `[num_tokens, heads, head_dim]`, keys and values `[pages, page_size, kv_heads, head_dim]`, rows, factor on the
-scores or None for 1/√head_dim, positions that a token sees to its left and right, -1 for all) → as the query."""
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenRows, AttentionOptions], Tensor]
+"""(query `[num_tokens, heads, head_dim]`, keys and values `[pages, page_size, kv_heads, head_dim]`, rows, what the
+class asks for) → as the query. A row's tokens are the last of its context; each sees itself and what is before it."""
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_TOLERANCE = 2e-2  # both sides round to 8 bits (bfloat16) and add in another order
+# Relative to the largest value. Both sides round to 8 bits (bfloat16) or to 24, and add in another order.
+_TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-4}
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _TRIAL_ROWS = ((1, 40), (1, 3), (7, 7), (5, 29))  # (tokens, context) of each; on pages of 16 several pages of some
 
 
 class UnsupportedOptionsError(Exception):
-    """A kernel was found for a class that has since asked for what it does not do."""
+    """A class asks a kernel for what it does not do. At start it is passed over; later the class has changed."""
 
 
 @dataclass
@@ -47,50 +49,66 @@ class VarlenAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `Attention`."""
-        if not _is_plain(options):
-            raise UnsupportedOptionsError(f"layer {layer} asks for {options}")
         rows = self.plan.varlen
         assert rows is not None, "the plan is made for this attention"
         self.cache.write(layer, self.plan.slots, *self.plan.written(key, value))
         keys, values = self.cache.layers[layer]
-        return self.kernel(query, keys, values, rows, options.scaling, _window(options, rows))
-
-
-def _is_plain(options: AttentionOptions) -> bool:
-    return options.softcap is None and options.sinks is None
-
-
-def _window(options: AttentionOptions, rows: VarlenRows) -> tuple[int, int]:
-    """A row's tokens are at the end of its context, so the only token of a row has nothing to its right: saying so lets
-    the kernel take the query heads of a KV head together and split long contexts."""
-    if options.sliding_window is not None:
-        return options.sliding_window - 1, 0  # the kernel does not count the token itself
-    return (-1, -1) if rows.most_tokens == 1 else (-1, 0)
+        return self.kernel(query, keys, values, rows, options)
 
 
 def find_kernel(base: FrozenBase, page_size: int) -> tuple[Kernel | None, str]:
     """A kernel that serves this base on pages of this size, or None, and in words which or why not."""
     if base.device.type != "cuda":
         return None, "no CUDA device"
-    if base.dtype not in _DTYPES:
-        return None, f"torch's kernels do not take {base.dtype}"
-    calls = _calls(base)
-    if not all(_is_plain(call.options) for call in calls):
-        return None, "this class has sinks or a cap on its scores"
-    reason = "this torch has no torch.nn.attention.varlen.varlen_attn with a block table"
-    for kernel in _kernels():
+    return choose_kernel(set(_calls(base)), page_size, base.dtype, base.device)
+
+
+def choose_kernel(
+    calls: set[LayerCall], page_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Kernel | None, str]:
+    """The first one there is that answers all of `calls` as the gathered attention does; see `find_kernel`."""
+    if dtype not in _TOLERANCES:
+        return None, f"no kernels for {dtype}"
+    reasons: list[str] = []
+    for name, make in _candidates(dtype, device):
         try:
-            worst = max(worst_difference(call, kernel, page_size, base.dtype, base.device) for call in set(calls))
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            reason = f"varlen_attn refuses pages of {page_size} tokens: {error}".partition("\n")[0]
+            kernels = make()
+            worst = max(worst_difference(call, each, page_size, dtype, device) for call in calls for each in kernels)
+        except Exception as error:  # noqa: BLE001 - Triton, the compilers that it starts and the driver raise their own
+            what = f"{name} does not take pages of {page_size} tokens: {type(error).__name__}: {error}"
+            reasons.append(what.partition("\n")[0])
             continue
-        if worst <= _TOLERANCE:
-            return kernel, "varlen_attn over pages"
-        reason = f"varlen_attn over pages is off by {worst:.2g}"
-    return None, reason
+        if worst <= _TOLERANCES[dtype]:
+            return kernels[0], f"{name} over pages"
+        reasons.append(f"{name} over pages is off by {worst:.2g}")
+    return None, "; ".join(reasons)
 
 
-def _kernels() -> Iterator[Kernel]:
+def _candidates(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Callable[[], Sequence[Kernel]]]]:
+    """Names, and kernels of which the first serves if all give the right answers. Each is ready until the next is asked
+    for."""
+    for implementation in _implementations() if dtype in _FLASH_DTYPES else ():
+        name = "varlen_attn" if implementation is None else f"varlen_attn of {implementation}"
+        for kernel in _torch_kernels():
+            yield name, partial(list, (kernel,))
+    yield "Triton's kernel", partial(_triton_kernels, device)
+
+
+def _implementations() -> Iterator[str | None]:
+    """FlashAttention's that are installed beside torch's own, each in its place, then torch's own (None)."""
+    attention = import_module("torch.nn.attention")
+    if hasattr(attention, "activate_flash_attention_impl"):
+        for name in attention.list_flash_attention_impls():
+            try:
+                attention.activate_flash_attention_impl(name)
+            except (ImportError, RuntimeError):
+                continue  # it is not installed, or not for this torch
+            yield name
+            attention.restore_flash_attention_impl()
+    yield None
+
+
+def _torch_kernels() -> Iterator[Kernel]:
     """torch's attention, called in the ways in which one build or another takes it."""
     if find_spec("torch.nn.attention.varlen") is None:
         return
@@ -108,9 +126,10 @@ def _torch_kernel(
     keys: Tensor,
     values: Tensor,
     rows: VarlenRows,
-    scale: float | None,
-    window: tuple[int, int],
+    options: AttentionOptions,
 ) -> Tensor:
+    if options.softcap is not None or options.sinks is not None:
+        raise UnsupportedOptionsError(f"varlen_attn knows no cap and no sinks: {options}")
     return varlen_attn(
         query,
         keys,
@@ -119,12 +138,26 @@ def _torch_kernel(
         rows.starts if passes_key_starts else None,
         rows.most_tokens,
         rows.longest,
-        scale=scale,
-        window_size=window,
+        scale=options.scaling,
+        window_size=_window(options, rows),
         enable_gqa=query.shape[1] != keys.shape[2],
         seqused_k=rows.lengths,
         block_table=rows.block_tables,
     )
+
+
+def _window(options: AttentionOptions, rows: VarlenRows) -> tuple[int, int]:
+    """Positions that a token sees to its left and right, -1 for all. The only token of a row has nothing to its right:
+    saying so lets torch's kernel take the query heads of a KV head together and split long contexts."""
+    if options.sliding_window is not None:
+        return options.sliding_window - 1, 0  # the token itself is not counted
+    return (-1, -1) if rows.most_tokens == 1 else (-1, 0)
+
+
+def _triton_kernels(device: torch.device) -> Sequence[Kernel]:
+    from server.model.triton_attention import kernels  # noqa: PLC0415 - Triton comes with torch on CUDA alone
+
+    return kernels(device)
 
 
 @dataclass(frozen=True)

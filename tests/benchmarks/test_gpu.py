@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from benchmarks import gpu
 from benchmarks.gpu_base import SHAPES, decode_bytes, prefill_operations, random_llama
+from benchmarks.gpu_engine import Bench
 from server.model import FrozenBase
 
 
@@ -27,6 +30,40 @@ def test_without_cuda_it_says_so_and_fails() -> None:
 
 def test_a_cpu_is_no_gpu() -> None:
     assert CliRunner().invoke(gpu.app, ["--device", "cpu"]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["banana", "meta", "cuda:x"])
+def test_what_is_neither_cuda_nor_a_cpu_is_refused_by_name(name: str) -> None:
+    outcome = CliRunner().invoke(gpu.app, ["--quick", "--device", name])
+    assert outcome.exit_code == 2
+    assert f"not {name}" in outcome.output
+
+
+def test_a_device_without_room_for_anything_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "fits", lambda *given: False)
+    outcome = CliRunner().invoke(gpu.app, ["--quick", "--device", "cpu"])
+    assert outcome.exit_code == 1
+    assert outcome.output.strip() == "no figures: the device has no room for 1 × 16 (rows × context) beside the base"
+
+
+def test_each_size_has_a_report_of_its_own_and_the_peers_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def own_rate(*given: object) -> float:
+        order.append("own")
+        return 1.0
+
+    def peers(*given: object) -> Iterator[tuple[str, float]]:
+        order.append("peers")
+        yield "peer", 1.0
+
+    monkeypatch.setattr(gpu, "own_rate", own_rate)
+    monkeypatch.setattr(gpu, "peers", peers)
+    monkeypatch.setitem(SHAPES, "other", SHAPES["tiny"])
+    report = gpu.compare("other", torch.device("cpu"), 1)
+    assert report.name == "gpu_other"
+    assert order == ["own", "peers"]
+    assert any("pages of 16 tokens" in note for note in report.notes), "as the server has them"
 
 
 def test_a_step_reads_every_weight_once_and_the_keys_and_values_of_its_context() -> None:

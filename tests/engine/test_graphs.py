@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from server.model import FrozenBase, KVCache, LayerShape, RunRows, Segment, Site
 from server.model.device_deltas import DeviceDeltas
 from server.model.grouped_products import ALIGNED
 from server.model.kernels import Kernels
+from server.model.varlen_attention import Kernel
 from tests.engine.conftest import ARCHITECTURE
 from tests.harness import Result, greedy, make_engine, request, run
 from tests.model.slow_deltas import SLOW_LAUNCHES
@@ -126,11 +128,24 @@ def test_a_prefix_that_takes_no_positions_answers_alike_in_padded_steps() -> Non
     assert padded
 
 
-def test_attention_that_reads_pages_answers_as_the_gathered_one(base: FrozenBase, tasks: dict[str, Path]) -> None:
-    requests = _requests(tasks)[::3]
+def _triton_kernel(*step: Any) -> torch.Tensor:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+    from server.model.triton_attention import attend
+
+    return attend(*step, programs=1, splits=2)
+
+
+_INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted on machines without CUDA")
+
+
+@pytest.mark.parametrize("kernel", [slow_kernel, pytest.param(_triton_kernel, marks=_INTERPRETED)])
+def test_attention_that_reads_pages_answers_as_the_gathered_one(
+    base: FrozenBase, tasks: dict[str, Path], kernel: Kernel
+) -> None:
+    requests = _requests(tasks)[::6]
     expected = _results(make_engine(base), requests)
     engine = make_engine(base, max_batch_tokens=24)
-    engine._runner._kernel = slow_kernel
+    engine._runner._kernel = kernel
     padded = _pad(engine)
     _assert_alike(_results(engine, requests), expected)
     assert any(batch.attention.varlen is not None for batch in padded)
