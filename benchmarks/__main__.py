@@ -20,15 +20,15 @@ from benchmarks.frame import Figure, Quick, Report, Table, Target, machine
 from benchmarks.vllm_peer import VllmEnvironment
 
 SUITE: dict[str, tuple[str, ...]] = {  # options beyond each one's defaults, in the picture's order
-    "base": ("--prompt", "32", "--new", "32"),
-    "mixed": ("--prompt", "12", "--new", "12"),
-    "many": ("--new", "16"),
+    "base": ("--prompt", "24", "--new", "24"),
+    "mixed": ("--prompt", "8", "--new", "8"),
+    "many": ("--prompt", "32", "--new", "8"),
     "small": (),
-    "long_prompts": ("--steps", "8"),
-    "http": ("--prompt", "16", "--new", "32", "--starts", "1"),
+    "long_prompts": ("--steps", "4"),
+    "http": ("--prompt", "16", "--new", "16", "--starts", "1"),
     "shared": ("--beginning", "96", "--new", "16"),
     "fairness": (),
-    "memory": (),
+    "memory": ("--adapters", "100", "--requests", "150"),
     "index": ("--tasks", "20000", "--customizations", "200000"),
 }
 

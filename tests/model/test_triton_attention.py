@@ -96,8 +96,7 @@ def _assert_right(
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("page_size", [16, 48, 256])
+@pytest.mark.parametrize(("dtype", "page_size"), list(zip(TOLERANCES, (16, 48, 256), strict=True)), ids=str)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("rows", [MIXED, DECODE], ids=["mixed", "decode"])
 def test_rows_of_any_number_of_tokens(
@@ -106,10 +105,9 @@ def test_rows_of_any_number_of_tokens(
     _assert_right(_attend(splits=splits), _step(rows, LayerShape(2, 32), 4, page_size, dtype))
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 17, 64, 1000])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("window", "splits"), [(1, 1), (7, 4), (16, 1), (17, 4), (64, 1), (1000, 4)])
 @pytest.mark.parametrize("rows", [MIXED, DECODE], ids=["mixed", "decode"])
-def test_windows(rows: tuple[tuple[int, int], ...], splits: int, window: int) -> None:
+def test_windows(rows: tuple[tuple[int, int], ...], window: int, splits: int) -> None:
     step = _step(rows, LayerShape(1, 16), 2, 16, torch.float32)
     _assert_right(_attend(splits=splits), step, AttentionOptions(None, window))
 
