@@ -31,7 +31,7 @@ def check_threads() -> None:
     wanted, limit = torch.get_num_threads(), openmp.omp_get_thread_limit()
     if limit < wanted:
         raise StartupError(
-            f"OMP_THREAD_LIMIT allows {limit} threads and torch has {wanted}; set OMP_NUM_THREADS={limit} instead"
+            f"OMP_THREAD_LIMIT={limit} is below torch's thread count, {wanted}; set OMP_NUM_THREADS={limit} instead"
         )
     if openmp.omp_get_dynamic():
         raise StartupError("OMP_DYNAMIC lets operations have fewer threads than torch counts on; unset it")

@@ -29,7 +29,7 @@ else:
         ({"OMP_THREAD_LIMIT": "3"}, "3"),
         (
             {"OMP_THREAD_LIMIT": "2"},
-            "OMP_THREAD_LIMIT allows 2 threads and torch has 3; set OMP_NUM_THREADS=2 instead",
+            "OMP_THREAD_LIMIT=2 is below torch's thread count, 3; set OMP_NUM_THREADS=2 instead",
         ),
         ({"OMP_DYNAMIC": "true"}, "OMP_DYNAMIC lets operations have fewer threads than torch counts on; unset it"),
     ],
