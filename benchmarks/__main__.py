@@ -22,13 +22,13 @@ from benchmarks.vllm_peer import VllmEnvironment
 SUITE: dict[str, tuple[str, ...]] = {  # options beyond each one's defaults, in the picture's order
     "base": ("--prompt", "24", "--new", "24"),
     "mixed": ("--prompt", "8", "--new", "8"),
-    "many": ("--new", "16"),  # with less, the misses of zipf's law are most of it
+    "many": ("--new", "32"),  # with less, the misses of zipf's law are most of it
     "small": (),
     "long_prompts": ("--steps", "4"),
     "http": ("--prompt", "16", "--new", "16", "--starts", "1"),
     "shared": ("--beginning", "96", "--new", "16"),
     "fairness": (),
-    "memory": ("--adapters", "100", "--requests", "150"),
+    "memory": ("--adapters", "100", "--requests", "150", "--starts", "2"),
     "index": ("--tasks", "20000", "--customizations", "200000"),
 }
 

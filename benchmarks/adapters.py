@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -54,16 +54,16 @@ def write_adapters(
     return tasks
 
 
-def write_variants(pattern: Task, folder: Path, count: int) -> list[Task]:
-    """`count` tasks like `pattern`, none with the numbers of another: faster than PEFT, for thousands of them."""
+def write_variants(pattern: Task, folder: Path, numbers: Iterable[int]) -> list[Task]:
+    """For each of `numbers` a task like `pattern`, with tensors of its own: faster than PEFT, for thousands."""
     config = (pattern.folder / CONFIG_FILE).read_bytes()
     tensors = load_file(pattern.folder / WEIGHTS_FILE)
     tasks = []
-    for index in range(count):
-        name = f"{pattern.name}v{index}"
+    for number in numbers:
+        name = f"{pattern.name}v{number}"
         (folder / name).mkdir(parents=True)
         (folder / name / CONFIG_FILE).write_bytes(config)
-        factor = 1 + index * _VARIATION
+        factor = 1 + number * _VARIATION
         save_file({key: tensor * factor for key, tensor in tensors.items()}, folder / name / WEIGHTS_FILE)
         tasks.append(Task(pattern.method, name, folder / name))
     return tasks

@@ -77,43 +77,68 @@ def popularity(count: int) -> list[float]:
     return list(itertools.accumulate((rank + 1) ** -ZIPF for rank in range(count)))
 
 
-def recently_used(tasks: Sequence[Task], weights: Sequence[float], count: int) -> list[Task]:
-    """What a cache of `count` holds that drops the least recently used, after a long time of such requests."""
+def recently_used(weights: Sequence[float], count: int) -> list[int]:
+    """Which of `len(weights)` tasks a cache of `count` holds that drops the least recently used, after a long time of
+    such requests."""
     numbers = random.Random(2)
     seen: dict[int, None] = {}
-    while len(seen) < min(count, len(tasks)):
-        seen[numbers.choices(range(len(tasks)), cum_weights=weights)[0]] = None
-    return [tasks[index] for index in seen]
+    while len(seen) < min(count, len(weights)):
+        seen[numbers.choices(range(len(weights)), cum_weights=weights)[0]] = None
+    return list(seen)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which of the registered tasks a run asks for; no others need files."""
+
+    registered: int
+    resident: list[int]
+    recent: list[int]  # resident where popularity is zipf's
+    rounds: list[list[int]]  # by zipf's law, a request each
+
+    @classmethod
+    def of(cls, registered: int, resident: int, requests: int, rounds: int) -> Draws:
+        """The same in each run of the benchmark."""
+        weights, numbers = popularity(registered), random.Random(3)
+        drawn = [numbers.choices(range(registered), cum_weights=weights, k=requests) for _ in range(rounds)]
+        return cls(registered, list(range(resident)), recently_used(weights, resident), drawn)
+
+    def write(self, pattern: Task, folder: Path) -> dict[int, Task]:
+        """Those that are asked for, like `pattern`, by number."""
+        numbers = sorted({*self.resident, *self.recent, *itertools.chain(*self.rounds)})
+        return dict(zip(numbers, write_variants(pattern, folder, numbers), strict=True))
 
 
 def cases(
-    base: FrozenBase, workload: Workload, tasks: list[Task], resident: int, stack: ExitStack
+    base: FrozenBase, workload: Workload, draws: Draws, written: dict[int, Task], stack: ExitStack
 ) -> list[Case[Measured]]:
     """The three of one method. Two engines, since those that are resident must not be driven out."""
+    tasks = [written[number] for number in draws.resident]
+    method, resident = tasks[0].method, len(tasks)
     limits = _limits(base, workload, tasks[0], resident)
     steady, churning = (stack.enter_context(open_engine(base, limits)) for _ in range(2))
-    make_resident(steady, tasks[:resident])
-    weights = popularity(len(tasks))
-    make_resident(churning, recently_used(tasks, weights, resident))
+    make_resident(steady, tasks)
+    make_resident(churning, [written[number] for number in draws.recent])
+    rounds = iter(draws.rounds)
 
     def few(prompts: random.Random) -> Measured:
         make_resident(steady, tasks[:FEW])  # its prefix may have been given up; the bank holds it
         return measure(steady, workload, tasks[:FEW], prompts)
 
     def uniform(prompts: random.Random) -> Measured:
-        drawn = prompts.sample(tasks[:resident], min(workload.requests, resident))
+        drawn = prompts.sample(tasks, min(workload.requests, resident))
         make_resident(steady, drawn)
         return measure(steady, workload, drawn, prompts)
 
     def zipf(prompts: random.Random) -> Measured:
-        return measure(churning, workload, prompts.choices(tasks, cum_weights=weights, k=workload.requests), prompts)
+        return measure(churning, workload, [written[number] for number in next(rounds)], prompts)
 
     measures: dict[str, Callable[[random.Random], Measured]] = {
         f"{FEW} tasks": few,
         f"uniform among {resident}": uniform,
-        f"zipf {ZIPF} among {len(tasks)}": zipf,
+        f"zipf {ZIPF} among {draws.registered}": zipf,
     }
-    return [Case(f"{tasks[0].method}: {name}", each) for name, each in measures.items()]
+    return [Case(f"{method}: {name}", each) for name, each in measures.items()]
 
 
 def _limits(base: FrozenBase, workload: Workload, task: Task, resident: int) -> EngineLimits:
@@ -131,12 +156,13 @@ def compare(base: FrozenBase, workload: Workload, registered: int, resident: int
     facts = machine()
     figures: list[Figure] = []
     rows: list[Sequence[str]] = []
+    draws = Draws.of(registered, resident, workload.requests, rounds + 1)  # the first to warm up
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as parent:
         patterns = write_adapters(workload, Path(parent), _METHODS)
         for method in _METHODS:
             with tempfile.TemporaryDirectory(dir=parent) as folder, ExitStack() as stack:
-                tasks = write_variants(patterns[method][0], Path(folder), registered)
-                measured = alternate(cases(base, workload, tasks, resident, stack), rounds)
+                written = draws.write(patterns[method][0], Path(folder))
+                measured = alternate(cases(base, workload, draws, written, stack), rounds)
             rates = {name: [each.run.tokens_per_second for each in measures] for name, measures in measured.items()}
             few = rates[f"{method}: {FEW} tasks"]
             rows += [_row(name, measures, ratio(rates[name], few)) for name, measures in measured.items()]

@@ -112,7 +112,7 @@ def overload(base: FrozenBase, workload: Workload, tasks: Sequence[Task], reques
     )
 
 
-def start_up(size: BaseSize, folder: Path, rounds: int) -> tuple[dict[str, list[Peak]], int, int]:
+def start_up(size: BaseSize, folder: Path, starts: int) -> tuple[dict[str, list[Peak]], int, int]:
     """Peaks of the processes that load a base of `size` and a tiny one, which need no round to warm up; the weights'
     bytes; the largest layer's."""
     folders = {"base": folder / "base", "tiny": folder / "tiny"}
@@ -123,21 +123,21 @@ def start_up(size: BaseSize, folder: Path, rounds: int) -> tuple[dict[str, list[
         weights = sum(parameter.nbytes for parameter in model.parameters())
         layer = max(sum(parameter.nbytes for parameter in part.parameters()) for part in model.model.layers)
     peaks: dict[str, list[Peak]] = {name: [] for name in folders}
-    for _ in range(rounds):
+    for _ in range(starts):
         for name, path in folders.items():
             peaks[name].append(load_peak(path))
     return peaks, weights, layer
 
 
-def compare(size: BaseSize, workload: Workload, adapters: int, requests: int, rounds: int) -> Report:
+def compare(size: BaseSize, workload: Workload, adapters: int, requests: int, starts: int, rounds: int) -> Report:
     """All four parts."""
     facts = machine()
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as parent:
         folder = Path(parent)
-        peaks, weights, layer = start_up(size, folder, rounds)
+        peaks, weights, layer = start_up(size, folder, starts)
         base = FrozenBase(random_base(size, workload.length + 64))
         patterns = write_adapters(workload, folder / "patterns")
-        loras = write_variants(patterns[LORA][0], folder / "loras", adapters)
+        loras = write_variants(patterns[LORA][0], folder / "loras", range(adapters))
         growth = alternate([Case("growth", lambda _: adapters_growth(base, loras))], rounds)["growth"]
         prefix = prefix_pages(base, workload, patterns[PROMPT][0])
         fill = overload(base, workload, list(chain(*patterns.values())) + loras[: 4 * workload.tasks], requests)
@@ -164,7 +164,7 @@ def compare(size: BaseSize, workload: Workload, adapters: int, requests: int, ro
         f"the overload had {requests} requests, {fill.preemptions} preemptions, {fill.loads} loads",
         f"the soft prompt's {workload.virtual_tokens} virtual tokens are {prefix.expected} pages",
     ]
-    title = f"Llama ({size}), float32: median of {rounds} rounds"
+    title = f"Llama ({size}), float32: median of {rounds} rounds and {starts} starts"
     return Report("memory", title, figures, facts, [Table("Memory", ("what", "MiB"), rows)], notes, rounds=rounds)
 
 
@@ -178,6 +178,7 @@ def main(
     adapters: Annotated[int, typer.Option(min=16, help="LoRAs that are loaded")] = 200,
     requests: Annotated[int, typer.Option(min=1, help="requests of the overload")] = 300,
     virtual: Annotated[int, typer.Option(min=1, help="virtual tokens of a prompt or a prefix")] = 20,
+    starts: Annotated[int, typer.Option(min=1, help="starts of each base")] = 5,
     rounds: Rounds = 5,
     threads: Threads = None,
     quick: Quick = False,
@@ -185,10 +186,10 @@ def main(
 ) -> None:
     """Memory at start-up, of adapters, of prefixes, under overload."""
     if quick:
-        size, adapters, requests, rounds = _TINY, 16, 24, 1
+        size, adapters, requests, starts, rounds = _TINY, 16, 24, 1, 1
     prepare(threads, is_saved=save)
     workload = Workload(size, requests=1, prompt_tokens=32, new_tokens=16, virtual_tokens=virtual, tasks=4)
-    compare(size, workload, adapters, requests, rounds).finish(save)
+    compare(size, workload, adapters, requests, starts, rounds).finish(save)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
     facts = machine()
     with tempfile.TemporaryDirectory(prefix="medley-benchmark-") as folder:
         tasks = write_adapters(workload, Path(folder))
-        loras = write_variants(tasks[LORA][0], Path(folder), workload.requests)
+        loras = write_variants(tasks[LORA][0], Path(folder), range(workload.requests))
         peer = PeftPeer(workload, tasks) if with_peft else None
         num_prefixes = sum(map(len, tasks.values())) + workload.tasks  # of tasks and of cached texts
         with Medley(workload, num_prefixes) as medley:

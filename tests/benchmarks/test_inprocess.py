@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from benchmarks.adapters import LORA, write_adapters, write_variants
 from benchmarks.bases import SIZES, random_base
 from benchmarks.inprocess import drive, engine_limits, make_resident, open_engine
-from benchmarks.many import popularity, recently_used
+from benchmarks.many import Draws, popularity, recently_used
 from benchmarks.process_memory import anonymous_bytes, load_peak, return_freed_memory
 from benchmarks.small import clocks, timed
 from benchmarks.workload import Job, Task, Workload
+from server.adapters.checkpoint import WEIGHTS_FILE
 from server.engine.runner import Runner
 from server.model import FrozenBase, PagedAttention, products
 from server.model.programs import Program
@@ -30,15 +31,19 @@ def base() -> FrozenBase:
 
 
 @pytest.fixture
-def loras(tmp_path: Path) -> list[Task]:
+def pattern(tmp_path: Path) -> Task:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pattern = write_adapters(WORKLOAD, tmp_path, [LORA])[LORA][0]
-    return write_variants(pattern, tmp_path / "variants", 5)
+        return write_adapters(WORKLOAD, tmp_path, [LORA])[LORA][0]
+
+
+@pytest.fixture
+def loras(pattern: Task, tmp_path: Path) -> list[Task]:
+    return write_variants(pattern, tmp_path / "variants", range(5))
 
 
 def test_variants_are_served_and_no_two_are_equal(base: FrozenBase, loras: list[Task]) -> None:
-    weights = [load_file(task.folder / "adapter_model.safetensors") for task in loras]
+    weights = [load_file(task.folder / WEIGHTS_FILE) for task in loras]
     for name in weights[0]:
         values = [each[name].flatten()[0].item() for each in weights]
         assert len(set(values)) == len(loras)
@@ -55,12 +60,18 @@ def test_a_task_is_drawn_by_zipfs_law() -> None:
 
 
 def test_what_a_cache_holds_is_distinct_and_favours_the_popular() -> None:
-    tasks = [Task(LORA, str(index), Path(str(index))) for index in range(1000)]
-    held = recently_used(tasks, popularity(1000), 100)
-    names = {task.name for task in held}
-    assert len(held) == len(names) == 100
-    assert {"0", "1", "2"} <= names
-    assert recently_used(tasks[:5], popularity(5), 100) != []
+    held = recently_used(popularity(1000), 100)
+    assert len(held) == len(set(held)) == 100
+    assert {0, 1, 2} <= set(held)
+    assert sorted(recently_used(popularity(5), 100)) == [0, 1, 2, 3, 4]
+
+
+def test_of_the_registered_tasks_those_that_are_asked_for_have_files(pattern: Task, tmp_path: Path) -> None:
+    draws = Draws.of(registered=1000, resident=20, requests=8, rounds=2)
+    assert [len(each) for each in draws.rounds] == [8, 8]
+    written = draws.write(pattern, tmp_path / "variants")
+    assert written.keys() == {*range(20), *draws.recent, *draws.rounds[0], *draws.rounds[1]}
+    assert all((task.folder / WEIGHTS_FILE).is_file() for task in written.values())
 
 
 def test_clocks_are_taken_off_again_and_parts_fit_into_the_step() -> None:

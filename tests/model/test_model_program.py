@@ -17,7 +17,7 @@ from server.model.attention import IMPLEMENTATION, DecodeGroup, PrefillRow
 from server.model.decode_kernel import DecodeKernel
 from server.model.model_program import ModelProgram
 from server.model.program_kernels import MOST_TOKENS
-from tests.model.test_layer_programs import segment_at
+from tests.model.segments import segment_at
 from tests.reference.bases import VOCABULARY, tiny_base
 
 pytestmark = pytest.mark.usefixtures("blocked_weights")
