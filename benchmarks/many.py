@@ -36,7 +36,16 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, drive, engine_limits, make_resident, open_engine, prepare, read_folder
+from benchmarks.inprocess import (
+    Size,
+    drive,
+    engine_limits,
+    make_resident,
+    open_engine,
+    prepare,
+    read_folder,
+    run_as_engine,
+)
 from benchmarks.registered import lookups
 from benchmarks.workload import Run, Task, Workload
 from server.engine.engine import Engine, EngineLimits
@@ -221,4 +230,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_as_engine(app)
