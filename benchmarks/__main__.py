@@ -7,7 +7,6 @@ picture go to `benchmarks/results/`. Run it on an otherwise idle machine.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ import typer
 from benchmarks import figure
 from benchmarks.frame import Figure, Quick, Report, Table, Target, machine
 from benchmarks.vllm_peer import VllmEnvironment
-from server.engine.environment import with_huge_pages
 
 SUITE: dict[str, tuple[str, ...]] = {  # options beyond each one's defaults, in the picture's order
     "base": ("--prompt", "24", "--new", "24"),
@@ -66,10 +64,9 @@ def measure(vllm: Path | None, quick: bool) -> list[str]:
     facts = machine()
     failed = []
     seconds: dict[str, float] = {}
-    environment = with_huge_pages(os.environ)
     for name in SUITE:
         begun = time.monotonic()
-        if subprocess.run(command(name, vllm, quick), env=environment, check=False).returncode:
+        if subprocess.run(command(name, vllm, quick), check=False).returncode:
             failed.append(name)
         seconds[name] = time.monotonic() - begun
         print(f"benchmarks.{name}: {seconds[name]:.0f} s, {sum(seconds.values()):.0f} s in all\n", flush=True)

@@ -39,7 +39,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, prepare, run_as_engine
+from benchmarks.inprocess import Size, prepare
 from benchmarks.limit import Limit, Recorder
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
@@ -234,4 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from adapters_store import LocalBlobs
 from benchmarks.bases import SIZES, random_base
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, Threads, alternate, machine
-from benchmarks.inprocess import Size, engine_limits, prepare, run_as_engine
+from benchmarks.inprocess import Size, engine_limits, prepare
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
@@ -242,4 +242,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.bases import SIZES, BaseSize, random_base
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, Threads, alternate, machine
-from benchmarks.inprocess import Size, ask, default, engine_limits, open_engine, prepare, run_as_engine
+from benchmarks.inprocess import Size, ask, default, engine_limits, open_engine, prepare
 from benchmarks.workload import Job, Workload
 from server.engine.engine import Engine
 from server.engine.pages import pages_for
@@ -167,4 +167,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

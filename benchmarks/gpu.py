@@ -25,7 +25,7 @@ import typer
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, alternate, machine, ratio
 from benchmarks.gpu_base import SHAPES, Shape, bandwidth, decode_bytes, prefill_operations, product_rate, random_llama
 from benchmarks.gpu_engine import MEASURED_STEPS, WARM_STEPS, Bench, own_rate, peers
-from benchmarks.inprocess import prepare, run_as_engine
+from benchmarks.inprocess import prepare
 from server.model import FrozenBase
 
 DECODE, PREFILL = Target(0.70), Target(0.55)
@@ -181,4 +181,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

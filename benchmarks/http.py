@@ -43,7 +43,7 @@ from benchmarks.frame import (
     ratio,
 )
 from benchmarks.http_client import complete_all, completion, streamed
-from benchmarks.inprocess import Size, prepare, run_as_engine
+from benchmarks.inprocess import Size, prepare
 from benchmarks.medley import Medley
 from benchmarks.servers import Served, ServerProcess, medley_server, served_medley, write_base
 from benchmarks.workload import Job, Workload, by_round, check_fresh
@@ -254,4 +254,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

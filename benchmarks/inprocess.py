@@ -7,8 +7,6 @@ themselves. What is not set is the server's default.
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +24,6 @@ from benchmarks.frame import await_idle
 from benchmarks.workload import Job, Run, Task
 from server.adapters import Adapter, Checkpoint, read_adapter
 from server.engine.engine import Engine, EngineLimits
-from server.engine.environment import with_huge_pages
 from server.engine.process import PREFILL_TOKENS
 from server.engine.protocol import AdapterRef, Generate, Sampling, StepOutput
 from server.model import FrozenBase
@@ -48,14 +45,6 @@ Size = Annotated[
     BaseSize,
     typer.Option(parser=_parse_size, metavar="SIZE", help=f"base: {', '.join(SIZES)} or WIDTHxLAYERSxHEADSxVOCABULARY"),
 ]
-
-
-def run_as_engine(app: typer.Typer) -> None:
-    """A benchmark's command, in this process if its environment is that of the engine's process, else in it anew."""
-    wanted = with_huge_pages(os.environ)
-    if wanted != os.environ:
-        os.execve(sys.executable, sys.orig_argv, wanted)
-    app()
 
 
 def prepare(threads: int | None, *, is_saved: bool = False) -> None:

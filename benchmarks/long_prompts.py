@@ -31,7 +31,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, ask, engine_limits, open_engine, prepare, run_as_engine, step
+from benchmarks.inprocess import Size, ask, engine_limits, open_engine, prepare, step
 from benchmarks.workload import Job, Workload
 from server.engine.engine import Engine
 from server.engine.pages import pages_for
@@ -234,4 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

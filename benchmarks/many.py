@@ -36,16 +36,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import (
-    Size,
-    drive,
-    engine_limits,
-    make_resident,
-    open_engine,
-    prepare,
-    read_folder,
-    run_as_engine,
-)
+from benchmarks.inprocess import Size, drive, engine_limits, make_resident, open_engine, prepare, read_folder
 from benchmarks.registered import lookups
 from benchmarks.workload import Run, Task, Workload
 from server.engine.engine import Engine, EngineLimits
@@ -230,4 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

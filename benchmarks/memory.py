@@ -23,16 +23,7 @@ import typer
 from benchmarks.adapters import LORA, PROMPT, write_adapters, write_variants
 from benchmarks.bases import SIZES, BaseSize, random_base
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, Threads, alternate, machine
-from benchmarks.inprocess import (
-    Size,
-    drive,
-    engine_limits,
-    make_resident,
-    open_engine,
-    prepare,
-    read_folder,
-    run_as_engine,
-)
+from benchmarks.inprocess import Size, drive, engine_limits, make_resident, open_engine, prepare, read_folder
 from benchmarks.process_memory import Peak, anonymous_bytes, load_peak, return_freed_memory
 from benchmarks.workload import Job, Task, Workload
 from server.engine.pages import pages_for
@@ -202,4 +193,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

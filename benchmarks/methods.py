@@ -38,17 +38,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import (
-    Size,
-    default,
-    drive,
-    engine_limits,
-    make_resident,
-    open_engine,
-    prepare,
-    read_folder,
-    run_as_engine,
-)
+from benchmarks.inprocess import Size, default, drive, engine_limits, make_resident, open_engine, prepare, read_folder
 from benchmarks.recipes import RECIPES, Recipe, write_tasks
 from benchmarks.workload import Run, Task, Workload
 from server.adapters import METHODS, Adapter
@@ -230,4 +220,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

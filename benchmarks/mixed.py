@@ -49,7 +49,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, default, drive, make_resident, prepare, run_as_engine
+from benchmarks.inprocess import Size, default, drive, make_resident, prepare
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
 from benchmarks.workload import Job, Run, Task, Workload
@@ -273,4 +273,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

@@ -33,7 +33,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, drive, engine_limits, open_engine, prepare, run_as_engine
+from benchmarks.inprocess import Size, drive, engine_limits, open_engine, prepare
 from benchmarks.workload import Job, Run, Task, Workload
 from server.engine.engine import Engine
 from server.engine.pages import pages_for
@@ -219,4 +219,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

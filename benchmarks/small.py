@@ -40,7 +40,7 @@ from benchmarks.frame import (
     machine,
     ratio,
 )
-from benchmarks.inprocess import Size, ask, engine_limits, open_engine, prepare, run_as_engine, step
+from benchmarks.inprocess import Size, ask, engine_limits, open_engine, prepare, step
 from benchmarks.limit import Limit, Step
 from benchmarks.workload import Job, Workload
 from server.engine.batch import BatchBuilder
@@ -251,4 +251,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_as_engine(app)
+    app()

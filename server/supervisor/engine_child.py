@@ -7,7 +7,6 @@ loads. What it says is `EngineClient`'s matter.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import structlog
 
 from adapters_store import signalled_at_parent_death
 from server.engine.client import EngineClient, StepHook
-from server.engine.environment import with_huge_pages
 from server.engine.protocol import BaseFacts, Configure
 
 STOP_SECONDS = 10.0  # for the step under way
@@ -80,7 +78,6 @@ def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),  # this process's stdout is for the line that it is ready
         pass_fds=[descriptor],
-        env=with_huge_pages(os.environ),
         start_new_session=True,
         preexec_fn=signalled_at_parent_death(signal.SIGKILL),  # noqa: PLW1509 - it takes no lock: one system call
     )
