@@ -86,7 +86,7 @@ async def fill_tasks(index: RedisIndex, redis: Redis, sizes: Sizes) -> None:
         with redis.pipeline(transaction=False) as pipeline:
             for name in names:
                 for key, fields in _hashes_of_task(index, name, now):
-                    pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
+                    pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]  # keys are invariant: str | bytes
                 pipeline.rpush(index.keys.history(name), *_history(name, now))
             pipeline.zadd(index.keys.tasks, {f"/{name}": 0 for name in names})
             for key in (index.keys.numbers, index.keys.revisions):
@@ -99,7 +99,8 @@ async def fill_customizations(index: RedisIndex, redis: Redis, sizes: Sizes) -> 
     """All `sizes.pairs()`, paid for by one API key."""
     for user, task in islice(sizes.pairs(), _SAMPLE):
         await index.put_customization(user, task, _customization(user, task), change=Change(_PAYER, "request"))
-    words = {word.decode(): int(number) for word, number in redis.hgetall(index.keys.words).items()}  # type: ignore[union-attr]
+    found: Any = redis.hgetall(index.keys.words)  # its type leaves open whether the client waits and decodes
+    words = {word.decode(): int(number) for word, number in found.items()}
     numbers = words[_FINGERPRINT], words["lora"]
     for user, task in islice(sizes.pairs(), _SAMPLE):
         stored = redis.hget(index.keys.customizations(task), user)
@@ -114,7 +115,7 @@ async def fill_customizations(index: RedisIndex, redis: Redis, sizes: Sizes) -> 
                 rows[task][user] = _record(user, task, numbers, now)
                 pipeline.zadd(index.keys.user(user), {task: 0})
             for task, fields in rows.items():
-                pipeline.hset(index.keys.customizations(task), mapping=fields)  # type: ignore[arg-type]
+                pipeline.hset(index.keys.customizations(task), mapping=fields)  # type: ignore[arg-type]  # as above
                 pipeline.hincrby(index.keys.paid(task), _PAYER, _SIZE * len(fields))
             pipeline.hincrby(index.keys.stored_bytes, _PAYER, _SIZE * len(pairs))
             pipeline.execute()

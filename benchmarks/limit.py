@@ -161,7 +161,7 @@ class _Weights:
         apart = [torch.split(weight, list(product.outputs)) for weight in joined]
         self._width = product.width
         self._ways: list[_Way] = []
-        has_packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        has_packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
         for kind in (_plain, _packed) if has_packed else (_plain,):
             self._ways.append(kind(joined))
             if len(product.outputs) > 1:

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Annotated, Any
 
@@ -95,7 +96,7 @@ def arrival(engine: Engine, workload: Workload, long_tokens: int, prompts: rando
     return Arrival(median(decode), gap, first_token, full, most, cached)
 
 
-def decode_step(engine: Engine, contexts: Sequence[int], steps: int) -> float:
+def decode_step(engine: Engine, contexts: Sequence[int], steps: int, _: random.Random) -> float:
     """Median seconds of a step in which rows of these context lengths decode. The contexts are the same each time, so
     that from the second on they come from the cache: they are not what is timed."""
     prompts = random.Random(0)
@@ -144,10 +145,7 @@ def compare(base: FrozenBase, workload: Workload, long_tokens: int, rounds: int)
             f"1 row of {long_tokens}": [long_tokens],
         }
         steps = alternate(
-            [
-                Case(name, lambda _, given=given: decode_step(engine, given, workload.new_tokens))  # type: ignore[misc]
-                for name, given in contexts.items()
-            ],
+            [Case(name, partial(decode_step, engine, given, workload.new_tokens)) for name, given in contexts.items()],
             rounds,
         )
     return _report(base, workload, arrivals, steps, facts, rounds)

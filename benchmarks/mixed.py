@@ -53,6 +53,7 @@ from benchmarks.inprocess import Size, default, drive, make_resident, prepare
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
 from benchmarks.workload import Job, Run, Task, Workload
+from server.engine.protocol import StepOutput
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -139,9 +140,9 @@ def measure(
     both = [mix] if mix.beside is None else [mix, mix.beside]
     jobs = {each.title: _jobs(workload, medley, each, numbers) for each in both}
     for each in both if next(is_first) else reversed(both):
-        adapters: list[int] = []
-        run = medley.run(jobs[each.title], lambda output, seen=adapters: seen.append(output.stats.adapters))  # type: ignore[misc]
-        runs[each.title] = run, max(adapters)
+        outputs: list[StepOutput] = []
+        run = medley.run(jobs[each.title], outputs.append)
+        runs[each.title] = run, max(output.stats.adapters for output in outputs)
     peft = peer.run(jobs[mix.title]) if peer is not None and mix.peft_way is not None else None
     return Measured(*runs[mix.title], None if mix.beside is None else runs[mix.beside.title][0], peft)
 

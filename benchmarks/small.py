@@ -17,10 +17,11 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import typer
@@ -106,19 +107,14 @@ def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random,
 def clocks() -> Iterator[dict[str, float]]:
     """Seconds spent in each of `_PARTS`, in programs, and in the products of bases that are made inside the block."""
     spent: dict[str, float] = defaultdict(float)
-    run = Program.run
     places: list[tuple[Any, str, str, bool]] = [(owner, name, part, False) for part, (owner, name) in _PARTS.items()]
     places += [(products, name, "products", True) for name in _PRODUCTS]
-    originals = [getattr(owner, name) for owner, name, _, _ in places]
-    try:
-        for (owner, name, part, makes), original in zip(places, originals, strict=True):
-            setattr(owner, name, (_making if makes else _clocked)(original, spent, part))
-        Program.run = _divided(run, spent)  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        for owner, name, part, makes in places:
+            clocked = (_making if makes else _clocked)(getattr(owner, name), spent, part)
+            stack.enter_context(mock.patch.object(owner, name, clocked))
+        stack.enter_context(mock.patch.object(Program, "run", _divided(Program.run, spent)))
         yield spent
-    finally:
-        Program.run = run  # type: ignore[method-assign]
-        for (owner, name, _, _), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
 
 
 def _making(original: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:

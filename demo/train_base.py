@@ -151,7 +151,7 @@ def train_base(tokenizer: PreTrainedTokenizerBase, checkpoint: Path, settings: B
             optimizer.zero_grad()
         for batch in batches:
             loss = summed_loss(model, batch) / settings.batch_size
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
             total += loss.item()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

@@ -136,7 +136,7 @@ class BackupWriter:
         member.size = len(content) if isinstance(content, bytes) else size
         member.mode = 0o600
         self._tar.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else content)
-        self._tar.members.clear()  # type: ignore[attr-defined]  # it would remember a million
+        self._tar.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it; it would remember a million
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def _members(tar: tarfile.TarFile, schema: str) -> Iterator[list[Part] | BackupB
     found, sha256 = Totals(), hashlib.sha256()
     is_first = True
     while member := tar.next():
-        tar.members.clear()  # type: ignore[attr-defined]
+        tar.members.clear()  # type: ignore[attr-defined]  # as in `BackupWriter`
         content = tar.extractfile(member)
         if content is None or is_first != (member.name == "medley-backup.json"):
             raise BackupDamaged(f"is damaged, or no backup: it has {member.name!r} in this place")

@@ -117,7 +117,7 @@ class IndexWriter(Scripted):
             pipeline.rpush(key, *part.values)
         else:
             fields = dict(pairs(part.values))
-            pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
+            pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]  # its keys are invariant there: str | bytes
             yield from self._derive(pipeline, part, fields)
         yield key
 

@@ -100,7 +100,7 @@ class SharedUsage(Scripted, _Windows):
             "async+redis://",  # not used: the connections are the index's own
             implementation="redispy",
             key_prefix=keys.quotas,
-            connection_pool=redis.connection_pool,  # type: ignore[arg-type]
+            connection_pool=redis.connection_pool,  # type: ignore[arg-type]  # an option: their type names scalars alone
         )
         _Windows.__init__(self, storage)
         Scripted.__init__(self, redis, keys)

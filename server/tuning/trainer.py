@@ -126,7 +126,7 @@ class _Run:
         self._model.train()
         optimizer.zero_grad()
         loss = batch_loss(self._model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
         optimizer.step()
         return loss.item()
