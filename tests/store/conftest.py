@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store import LocalBlobs, PrivateRedis, RedisIndex, TaskDirectory
+from adapters_store import GarbageCollector, LocalBlobs, PrivateRedis, RedisIndex, TaskDirectory
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +58,23 @@ async def directory(index: RedisIndex) -> AsyncIterator[TaskDirectory]:
 @pytest.fixture
 def blobs(tmp_path: Path) -> LocalBlobs:
     return LocalBlobs(tmp_path / "blobs")
+
+
+@pytest.fixture
+async def empty(redis_url: str, namespace: str) -> AsyncIterator[RedisIndex]:
+    """Another index."""
+    index = await RedisIndex.connect(redis_url, namespace=f"{namespace}-other")
+    yield index
+    await index.close()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> LocalBlobs:
+    """Another store."""
+    return LocalBlobs(tmp_path / "other")
+
+
+@pytest.fixture
+def collector(index: RedisIndex, blobs: LocalBlobs) -> GarbageCollector:
+    """Without grace: what it condemns is due at once."""
+    return GarbageCollector(index.garbage, blobs, 0)

@@ -8,9 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters_store import LocalBlobs, NewVersion, NewVersionFacts, RedisIndex, Version, publish_files
+from adapters_store import (
+    LocalBlobs,
+    NewVersion,
+    NewVersionFacts,
+    RedisIndex,
+    Version,
+    customize_files,
+    publish_files,
+)
 from adapters_store.identity import adapter_digest
-from adapters_store.records import FileRecord, Mode, NewCustomization
+from adapters_store.records import BY_NOBODY, Change, FileRecord, Mode, NewCustomization
 
 FACTS = NewVersionFacts(method="prompt", parameters=64, bytes=300, virtual_tokens=4, base_fingerprint="base")
 
@@ -47,6 +55,28 @@ async def publish_text(
     with blobs.staging() as folder:
         write_adapter(folder, text, readme)
         return await publish_files(index, blobs, task, folder, FACTS, activate=True)
+
+
+async def customize_text(
+    index: RedisIndex, blobs: LocalBlobs, user: str, task: str, text: str, change: Change = BY_NOBODY
+) -> set[str]:
+    """The blobs of what `user` now has over `task`."""
+    with blobs.staging() as folder:
+        write_adapter(folder, text)
+        made = await customize_files(index, blobs, user, task, folder, FACTS, mode="compose", change=change)
+    return {file.sha256 for file in made.files.values()}
+
+
+def put(blobs: LocalBlobs, content: bytes) -> str:
+    """The name of a blob of this content, which is there now."""
+    with blobs.staging() as folder:
+        (folder / "file").write_bytes(content)
+        return blobs.put(folder / "file").sha256
+
+
+def stored(blobs: LocalBlobs) -> set[str]:
+    """All blobs there are."""
+    return {blob.sha256 for blob in blobs.list()}
 
 
 async def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -1,36 +1,29 @@
-"""Backup and restore: what was there is there again, all of it or nothing; and files and indexes that are refused."""
+"""Backup and restore: what was there is there again, all of it or nothing; and indexes and stores that are refused."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import os
-import tarfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from adapters_store import (
-    BackupDamaged,
     Canary,
     Conflict,
     CustomizationDirectory,
     GarbageCollector,
     LocalBlobs,
     PrivateRedis,
-    Quotas,
     RedisIndex,
     StoreFull,
     StoreUnavailable,
     TaskDirectory,
     TaskSettings,
     VersionCorrupt,
-    customize_files,
     restore_backup,
     write_backup,
 )
@@ -38,83 +31,11 @@ from adapters_store.backup.backup import _IndexReader
 from adapters_store.backup.file import Part
 from adapters_store.backup.restore_index import IndexWriter
 from adapters_store.index.api_keys import hash_of
-from adapters_store.records import Change, FileRecord
-from tests.store.samples import FACTS, eventually, publish_text, write_adapter
+from adapters_store.records import FileRecord
+from tests.store.backups import dump, fill
+from tests.store.samples import customize_text, eventually, publish_text, stored
 
 pytestmark = pytest.mark.anyio
-
-BY = Change("key-a", "r-1")
-NOT_KEPT = ("index_id", "feed", "condemned", "deleting", "garbage_lock", "garbage_pause")
-
-
-@pytest.fixture
-async def empty(redis_url: str, namespace: str) -> AsyncIterator[RedisIndex]:
-    """Another index."""
-    index = await RedisIndex.connect(redis_url, namespace=f"{namespace}-other")
-    yield index
-    await index.close()
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> LocalBlobs:
-    return LocalBlobs(tmp_path / "other")
-
-
-async def customize_text(index: RedisIndex, blobs: LocalBlobs, user: str, task: str, text: str) -> None:
-    with blobs.staging() as folder:
-        write_adapter(folder, text)
-        await customize_files(index, blobs, user, task, folder, FACTS, mode="compose", change=BY)
-
-
-async def fill(index: RedisIndex, blobs: LocalBlobs) -> str:
-    """Some of everything; returns the text of an API key."""
-    for text in ("one", "two", "three"):
-        await publish_text(index, blobs, "a", text)
-    await index.set_canary("a", Canary(1, 12.5))
-    await index.put_task("x/b", TaskSettings(description="Größe", public=True, labels={"k": "v"}), change=BY)
-    await publish_text(index, blobs, "x/b", "one")
-    await publish_text(index, blobs, "gone", "gone")
-    await index.delete_task("gone")
-    for user, task in (("u", "a"), ("u", "x/b"), ("x/v", "x/b")):
-        await customize_text(index, blobs, user, task, f"{user} over {task}")
-    await index.touch({"a": 12.5})
-    _, text = await index.api_keys.create("ci", ["publish"], tenant="x", quotas=Quotas(stored_bytes=10**6))
-    revoked, _ = await index.api_keys.create("old", ["admin"])
-    await index.api_keys.revoke(revoked.id)
-    return text
-
-
-async def dump(index: RedisIndex) -> dict[str, Any]:
-    """Every key that is to be kept, as Redis has it."""
-    namespace = index.keys.namespace
-    found: dict[str, Any] = {}
-    reads = {"hash": ["HGETALL"], "zset": ["ZRANGE", "0", "-1", "WITHSCORES"], "list": ["LRANGE", "0", "-1"]}
-    reads["set"] = ["SMEMBERS"]
-    async for key in index.redis.scan_iter(match=f"{namespace}:*"):
-        name = key.removeprefix(f"{namespace}:")
-        if name in NOT_KEPT:
-            continue
-        kind = str(await index.redis.type(key))
-        command, *arguments = reads.get(kind, ["GET"])
-        value = await index.run_raw(command, key, *arguments)
-        found[name] = sorted(value, key=str) if kind == "zset" else value
-    return found
-
-
-def stored(blobs: LocalBlobs) -> set[str]:
-    return {blob.sha256 for blob in blobs.list()}
-
-
-def rewrite(path: Path, change: Any) -> None:
-    """Write the archive anew, each member's content as `change(name, content)` has it; None leaves it out."""
-    with tarfile.open(path) as tar:
-        members = [(member.name, content.read()) for member in tar if (content := tar.extractfile(member))]
-    with tarfile.open(path, "w") as tar:
-        for name, original in members:
-            if (changed := change(name, original)) is not None:
-                info = tarfile.TarInfo(name)
-                info.size = len(changed)
-                tar.addfile(info, io.BytesIO(changed))
 
 
 async def test_a_restored_index_is_what_was_backed_up(
@@ -341,125 +262,6 @@ async def test_a_restore_that_fails_removes_what_it_wrote(
     with pytest.raises(StoreUnavailable):
         await restore_backup(empty, other, tmp_path / "file")
     assert set(await dump(empty)) == {"schema"}
-
-
-@pytest.mark.parametrize("part", ["medley-backup.json", "index/", "blobs/", "end.json"])
-@pytest.mark.parametrize("damage", ["flipped", "missing"])
-async def test_a_damaged_file_is_refused_and_nothing_is_restored(
-    part: str, damage: str, index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
-) -> None:
-    await fill(index, blobs)
-    path = tmp_path / "file"
-    await write_backup(index, blobs, path)
-    first = True
-
-    def change(name: str, content: bytes) -> bytes | None:
-        nonlocal first
-        if not first or not name.startswith(part):
-            return content
-        first = False
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        return None if damage == "missing" else flipped
-
-    rewrite(path, change)
-    assert not first
-    with pytest.raises(BackupDamaged, match=str(path)):
-        await restore_backup(empty, other, path)
-    assert set(await dump(empty)) == {"schema"}
-
-
-async def test_a_cut_file_and_one_that_is_no_backup_are_refused(
-    index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
-) -> None:
-    await fill(index, blobs)
-    path = tmp_path / "file"
-    await write_backup(index, blobs, path)
-    whole = path.read_bytes()
-    for length in (0, 100, 700, 3000, len(whole) // 2, len(whole) - 15_000):
-        path.write_bytes(whole[:length])
-        with pytest.raises(BackupDamaged, match=str(path)):
-            await restore_backup(empty, other, path)
-    path.write_bytes(b"no archive" * 1000)
-    with pytest.raises(BackupDamaged, match="no backup"):
-        await restore_backup(empty, other, path)
-    assert set(await dump(empty)) == {"schema"}
-
-
-@pytest.mark.parametrize(("field", "word"), [("format", "format 9"), ("schema", "layout 9")])
-async def test_a_backup_of_another_release_is_refused(
-    field: str, word: str, index: RedisIndex, blobs: LocalBlobs, empty: RedisIndex, other: LocalBlobs, tmp_path: Path
-) -> None:
-    await fill(index, blobs)
-    path = tmp_path / "file"
-    await write_backup(index, blobs, path)
-    header = {"format": b'{"format":9,"schema":"2","created":1}', "schema": b'{"format":1,"schema":"9","created":1}'}
-    rewrite(path, lambda name, content: header[field] if name == "medley-backup.json" else content)
-    with pytest.raises(BackupDamaged, match=word):
-        await restore_backup(empty, other, path)
-
-
-def altered(path: Path, change: Any) -> None:
-    """The backup with its index's parts as `change(kind, values)` leaves them, as if it had been written so."""
-    index = hashlib.sha256()
-
-    def change_member(name: str, content: bytes) -> bytes:
-        if name.startswith("index/"):
-            parts = msgspec.msgpack.decode(content)
-            for kind, _, values in parts:
-                change(kind, values)
-            content = msgspec.msgpack.encode(parts)
-            index.update(content)
-        elif name == "end.json":
-            content = msgspec.json.encode({**msgspec.json.decode(content), "index_sha256": index.hexdigest()})
-        return content
-
-    rewrite(path, change_member)
-
-
-def _drop(values: list[Any], field: str) -> None:
-    at = values.index(field)
-    del values[at : at + 2]
-
-
-def _drop_from_json(values: list[Any], field: str) -> None:
-    values[1] = values[1].replace(f'"{field}":', f'"not_{field}":')
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "named"),
-    [
-        ("task", lambda values: _drop(values, "settings"), "'settings'"),
-        ("task", lambda values: _drop(values, "updated"), "'updated'"),
-        ("versions", lambda values: _drop_from_json(values, "files"), "`files`"),
-        ("api_keys", lambda values: _drop_from_json(values, "id"), "`id`"),
-        ("digests", lambda values: values.__setitem__(1, "one"), "'one'"),
-        ("customizations", lambda values: values.__setitem__(1, values[1][:20]), "'customizations' of"),
-        ("customizations", lambda values: values.pop(), "'customizations' of"),
-        ("words", lambda values: values.clear(), "'words' lacks"),
-        ("payers", lambda values: values.clear(), "'payers' lacks"),
-        ("history", lambda values: values.__setitem__(0, "[1]"), "'history' of"),
-    ],
-)
-async def test_a_file_that_lacks_a_field_is_refused_by_its_name(
-    kind: str,
-    change: Any,
-    named: str,
-    index: RedisIndex,
-    blobs: LocalBlobs,
-    empty: RedisIndex,
-    other: LocalBlobs,
-    tmp_path: Path,
-) -> None:
-    await fill(index, blobs)
-    path = tmp_path / "file"
-    await write_backup(index, blobs, path)
-    altered(path, lambda found, values: change(values) if found == kind else None)
-    with pytest.raises(BackupDamaged, match=named) as refused:
-        await restore_backup(empty, other, path)
-    assert str(path) in str(refused.value)
-    assert set(await dump(empty)) == {"schema"}
-    assert stored(other) == set()
 
 
 async def test_a_store_of_another_index_is_restored_into_only_if_it_is_adopted(

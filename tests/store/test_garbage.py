@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from adapters_store import (
     Conflict,
@@ -19,43 +18,19 @@ from adapters_store import (
     StoreUnavailable,
     TaskSettings,
     adapter_digest,
-    customize_files,
 )
 from adapters_store.garbage import ABANDONED
 from adapters_store.records import FileRecord
-from tests.store.samples import FACTS, eventually, publish_text, write_adapter
+from tests.store.samples import customize_text, eventually, publish_text, put, stored
 
 pytestmark = pytest.mark.anyio
 
 LONG = 3600.0  # a grace that no test waits for
 
 
-@pytest.fixture
-def collector(index: RedisIndex, blobs: LocalBlobs) -> GarbageCollector:
-    """Without grace: what it condemns is due at once."""
-    return GarbageCollector(index.garbage, blobs, 0)
-
-
 @pytest.fixture(autouse=True)
 def owned(index: RedisIndex, blobs: LocalBlobs) -> None:
     blobs.own(index.index_id)
-
-
-def put(blobs: LocalBlobs, content: bytes) -> str:
-    with blobs.staging() as folder:
-        (folder / "file").write_bytes(content)
-        return blobs.put(folder / "file").sha256
-
-
-def stored(blobs: LocalBlobs) -> set[str]:
-    return {blob.sha256 for blob in blobs.list()}
-
-
-async def customize_text(index: RedisIndex, blobs: LocalBlobs, user: str, task: str, text: str) -> set[str]:
-    with blobs.staging() as folder:
-        write_adapter(folder, text)
-        made = await customize_files(index, blobs, user, task, folder, FACTS, mode="compose")
-    return {file.sha256 for file in made.files.values()}
 
 
 async def test_blobs_of_deleted_versions_go_and_all_others_stay(
@@ -316,104 +291,6 @@ async def test_all_names_are_read_though_they_fill_many_pages(
     assert named == {hashlib.sha256(text).hexdigest() for text in contents}
     put(blobs, contents[-1])
     assert await collector.collect() == (1, 0, 0, 0, 0)
-
-
-async def test_a_collector_of_another_index_deletes_nothing_unless_it_adopts_the_store(
-    index: RedisIndex, blobs: LocalBlobs, collector: GarbageCollector, redis_url: str, namespace: str
-) -> None:
-    await publish_text(index, blobs, "t", "a")
-    before = stored(blobs)
-    other = await RedisIndex.connect(redis_url, namespace=f"{namespace}-other")
-    try:
-        await publish_text(other, blobs, "t", "a")  # that it names some of them makes them not its own
-        await other.delete_task("t")
-        stranger = GarbageCollector(other.garbage, blobs, 0)
-        for call in (stranger.collect, stranger.survey):
-            with pytest.raises(Conflict, match=r"--redis-url.*--store.*medley gc --adopt") as refused:
-                await call()
-            assert refused.value.code == "store_of_another_index"
-        assert (await stranger.survey(adopt=True)).due == len(before)
-        assert blobs.owner() == index.index_id
-        assert stored(blobs) == before
-        assert (await stranger.collect(adopt=True)).due == len(before)
-        assert blobs.owner() == other.index_id
-        with pytest.raises(Conflict):
-            await collector.collect()
-    finally:
-        await other.close()
-
-
-@pytest.mark.parametrize("owned_before", [True, False])
-async def test_after_redis_was_emptied_the_files_stay(
-    index: RedisIndex, blobs: LocalBlobs, collector: GarbageCollector, tmp_path: Path, owned_before: bool
-) -> None:
-    await publish_text(index, blobs, "t", "a")
-    before = stored(blobs)
-    if not owned_before:
-        (tmp_path / "blobs" / "index_id").unlink()
-    await index.redis.delete(*[key async for key in index.redis.scan_iter(match=f"{index.keys.namespace}:*")])
-    with pytest.raises(StoreUnavailable, match="emptied"):
-        await collector.collect()
-    await index.identify()
-    with pytest.raises(Conflict, match="--adopt"):
-        await collector.collect()
-    assert stored(blobs) == before
-
-
-async def test_a_store_without_owner_is_claimed_if_it_is_empty_or_the_index_names_a_blob(
-    index: RedisIndex, blobs: LocalBlobs, collector: GarbageCollector, tmp_path: Path
-) -> None:
-    for publish in (False, True):
-        (tmp_path / "blobs" / "index_id").unlink()
-        if publish:
-            await publish_text(index, blobs, "t", "a")
-        await collector.survey()
-        assert blobs.owner() is None
-        await collector.collect()
-        assert blobs.owner() == index.index_id
-
-
-async def test_a_store_adopted_by_another_during_a_collection_loses_nothing_more(
-    index: RedisIndex, blobs: LocalBlobs, collector: GarbageCollector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(blobs, b"orphan")
-    condemned = index.garbage.condemned
-
-    async def adopted(before: float) -> list[str]:
-        blobs.own("another")
-        return await condemned(before)
-
-    monkeypatch.setattr(index.garbage, "condemned", adopted)
-    with pytest.raises(Conflict, match="another index"):
-        await collector.collect()
-    assert len(stored(blobs)) == 1
-
-
-async def test_a_server_logs_once_that_the_store_is_another_s_and_survives_errors_of_the_disk(
-    index: RedisIndex, blobs: LocalBlobs, collector: GarbageCollector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adapters_store.garbage.INTERVAL", 0.06)
-    put(blobs, b"orphan")
-    blobs.own("another")
-    owner, asked = blobs.owner, 0
-
-    def failing_at_first() -> str | None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            raise OSError("the disk is away")
-        return owner()
-
-    monkeypatch.setattr(blobs, "owner", failing_at_first)
-    with capture_logs() as logs:
-        running = asyncio.create_task(collector.run_forever())
-        await eventually(lambda: asked > 5)
-        assert [entry["log_level"] for entry in logs] == ["warning", "error"]
-        blobs.own(index.index_id)
-        await eventually(lambda: not stored(blobs))
-    while not running.done():
-        running.cancel()
-        await asyncio.wait([running], timeout=0.2)
 
 
 async def test_a_listing_skips_stray_files_and_what_vanishes_meanwhile(blobs: LocalBlobs, tmp_path: Path) -> None:
