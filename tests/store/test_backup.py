@@ -32,7 +32,7 @@ from adapters_store.backup.file import Part
 from adapters_store.backup.restore_index import IndexWriter
 from adapters_store.index.api_keys import hash_of
 from adapters_store.records import FileRecord
-from tests.store.backups import dump, fill
+from tests.store.backups import BY, dump, fill
 from tests.store.samples import customize_text, eventually, publish_text, stored
 
 pytestmark = pytest.mark.anyio
@@ -153,7 +153,7 @@ async def test_changes_beside_a_backup_leave_every_version_in_it_whole(
         while not done:
             step += 1
             await publish_text(index, blobs, f"t{number}", f"{number} {step}")
-            await customize_text(index, blobs, f"u{step % 3}", f"t{number}", f"{number} {step} mine")
+            await customize_text(index, blobs, f"u{step % 3}", f"t{number}", f"{number} {step} mine", BY)
             if step % 4 == 0:
                 await index.delete_task(f"t{number}")
 
