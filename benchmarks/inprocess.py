@@ -27,6 +27,7 @@ from server.engine.engine import Engine, EngineLimits
 from server.engine.process import PREFILL_TOKENS
 from server.engine.protocol import AdapterRef, Generate, Sampling, StepOutput
 from server.model import FrozenBase
+from server.model.heap import move_to_huge_pages
 from server.settings import GIB, Settings
 
 _DEADLINE_SECONDS = 3600.0
@@ -87,7 +88,8 @@ def open_engine(base: FrozenBase, limits: EngineLimits) -> Iterator[Engine]:
 
     engine = Engine(base, limits, load)
     gc.collect()
-    gc.freeze()  # as the engine's process does
+    gc.freeze()  # as the engine's process does, and this too
+    move_to_huge_pages()
     try:
         yield engine
     finally:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from benchmarks.bases import BaseSize
 from benchmarks.workload import Job
 from server.engine.protocol import StepOutput
+from server.model.heap import move_to_huge_pages
 
 _MAX_POINTS = 6  # token counts that are timed; between them time is taken as linear
 _LEAST_SECONDS = 0.02  # of one timing
@@ -110,6 +111,7 @@ class Limit:
         every = products(size)
         model_bytes = sum(4 * each.width * sum(each.outputs) * each.times for each in every)
         self._products = [(each, _Weights(each, min(model_bytes, _CACHE_BYTES))) for each in every]
+        move_to_huge_pages()  # as the engine's weights are
 
     def measure(self) -> LimitSeconds:
         """Time every product once more; seconds of all steps together."""

@@ -10,7 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels run without a device; read when it is first imported
-torch.set_num_threads(1)  # each of the runner's workers has a core; the models are tiny
+torch.set_num_threads(1)  # the runner's workers share the cores; the models are tiny
 
 
 def silence_log() -> None:
@@ -18,6 +18,12 @@ def silence_log() -> None:
     structlog.configure(
         processors=[structlog.processors.KeyValueRenderer()], logger_factory=structlog.ReturnLoggerFactory()
     )
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for servers that they have started."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

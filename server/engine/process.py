@@ -1,8 +1,8 @@
 """The engine process: one end of a socket, the base, and the loop between them.
 
 Threads: this one steps; a reader takes messages off the socket; a writer puts them on it, so that a slow HTTP
-process never holds a step; a few check uploads and load adapters. When the other side of the socket is gone, so
-is this process.
+process never holds a step; a few check uploads and load adapters; one moves memory to huge pages, and ends. When the
+other side of the socket is gone, so is this process.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from server.errors import AdapterError, RequestError, StartupError
 from server.logs import configure_logging
 from server.model import FrozenBase, KVCache
 from server.model.fingerprint import fingerprint, resolve_folder
+from server.model.heap import move_to_huge_pages
 
 logger = logging.getLogger("medley.engine")
 
@@ -111,7 +112,10 @@ class EngineProcess:
 
     def run(self) -> None:
         """Step until the other side is gone."""
-        for work in (self._read, self._write):
+        works = [self._read, self._write]
+        if self._base.device.type == "cpu":
+            works.append(move_to_huge_pages)
+        for work in works:
             threading.Thread(target=work, daemon=True).start()
         self._loop.run(self._engine)
         self._engine.close()
