@@ -15,7 +15,7 @@ logger = logging.getLogger("medley.memory")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 * 1024**2
 _COLLAPSE = 25  # <linux/mman.h>: MADV_COLLAPSE, which the standard library's `mmap` does not name
-_HUGE_PAGE_BYTES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")  # absent where the system has none
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # absent where the system has none
 _AT_ONCE = 32  # huge pages: while so many are moved, some tenths of a second, the process cannot end
 _ROLLUP = Path("/proc/self/smaps_rollup")
 
@@ -38,11 +38,12 @@ def move_to_huge_pages() -> None:
     Each page that is read needs its address looked up. Of the usual 4 kB a base has some hundred thousand, wherever a
     system that has run for long had some left, which makes the same steps slow in one process and fast in another.
     Regions that are mostly untouched are left as they are: stacks, the KV cache, the bank. So is what the kernel cannot
-    move (before Linux 6.1, or where no memory is left in such pieces). At level debug the log says how much lies there.
+    move (before Linux 6.1, or where no memory is left in such pieces), and everything where the system's setting is
+    `never`. At level debug the log says how much lies there.
     """
-    if not _HUGE_PAGE_BYTES.exists():
+    if not _HUGE_PAGES.exists() or "[never]" in (_HUGE_PAGES / "enabled").read_text():
         return
-    page = int(_HUGE_PAGE_BYTES.read_text())
+    page = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for region in psutil.Process().memory_maps(grouped=False):
