@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 logger = logging.getLogger("medley.memory")
@@ -16,8 +19,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 * 1024**2
 _COLLAPSE = 25  # <linux/mman.h>: MADV_COLLAPSE, which the standard library's `mmap` does not name
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # absent where the system has none
-_AT_ONCE = 32  # huge pages: while so many are moved, some tenths of a second, the process cannot end
-_ROLLUP = Path("/proc/self/smaps_rollup")
+_PAGEMAP = Path("/proc/self/pagemap")  # for each page 8 bytes, whose highest bit says that it is there
+_ENTRY_BYTES, _PRESENT = 8, np.uint64(63)
 
 
 def keep_freed_memory() -> None:
@@ -32,26 +35,34 @@ def keep_freed_memory() -> None:
 
 
 def move_to_huge_pages() -> None:
-    """Copy what this process has written so far, a base's weights above all, onto huge pages; addresses stay. Some
-    hundred MiB a second; other threads go on meanwhile.
+    """Copy what this process has written so far, a base's weights above all, onto huge pages; addresses stay. Some 300
+    MiB a second; other threads wait only for the page that is being copied, or for memory that they ask for meanwhile.
 
-    Each page that is read needs its address looked up. Of the usual 4 kB a base has some hundred thousand, wherever a
-    system that has run for long had some left, which makes the same steps slow in one process and fast in another.
-    Regions that are mostly untouched are left as they are: stacks, the KV cache, the bank. So is what the kernel cannot
-    move (before Linux 6.1, or where no memory is left in such pieces), and everything where the system's setting is
-    `never`. At level debug the log says how much lies there.
+    A base takes some hundred thousand of the usual 4 kB pages, scattered over whatever a system that has run for long
+    had free, which makes the same steps slow in one process and fast in another. Pieces of which less than half has
+    been touched stay as they are: of stacks, the KV cache, the bank. So does what the kernel cannot move (before Linux
+    6.1, or with too little memory), and everything where the system's setting is `never`.
     """
     if not _HUGE_PAGES.exists() or "[never]" in (_HUGE_PAGES / "enabled").read_text():
         return
-    page = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
+    size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    for region in psutil.Process().memory_maps(grouped=False):
-        is_own = region.perms == "rw-p" and region.path in ("[anon]", "[heap]")
-        start, stop = (int(address, 16) for address in region.addr.split("-"))
-        start, stop = -(-start // page) * page, stop // page * page
-        if is_own and 2 * region.rss >= region.size and start < stop:
-            for at in range(start, stop, _AT_ONCE * page):  # goes on behind what it cannot move, and gives an error
-                madvise(at, min(_AT_ONCE * page, stop - at), _COLLAPSE)
-    words = _ROLLUP.read_text().split()
-    logger.debug("memory on huge pages: %s MiB", int(words[words.index("AnonHugePages:") + 1]) // 1024)
+    moved = 0
+    with _PAGEMAP.open("rb", buffering=0) as pagemap:
+        for region in psutil.Process().memory_maps(grouped=False):
+            if region.perms != "rw-p" or region.path not in ("[anon]", "[heap]"):
+                continue
+            start, stop = (int(address, 16) for address in region.addr.split("-"))
+            for piece in range(-(-start // size) * size, stop // size * size, size):
+                # a region may hold weights and an untouched cache side by side, so each piece is looked at
+                if _touched(pagemap, piece, size) >= 0.5 and madvise(piece, size, _COLLAPSE) == 0:
+                    moved += size
+    logger.debug("memory on huge pages: %s MiB", moved // 2**20)
+
+
+def _touched(pagemap: FileIO, start: int, size: int) -> float:
+    """The share of this memory's pages that are there."""
+    pagemap.seek(start // mmap.PAGESIZE * _ENTRY_BYTES)
+    entries = np.frombuffer(pagemap.read(size // mmap.PAGESIZE * _ENTRY_BYTES), np.uint64)
+    return float((entries >> _PRESENT).astype(bool).mean()) if len(entries) else 0.0

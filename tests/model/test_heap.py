@@ -8,31 +8,43 @@ from pathlib import Path
 
 import pytest
 
+# One mapping, so that the kernel sees one region: little of it is used, and that part must move all the same.
 _PROGRAM = """
-import numpy, psutil
+import mmap, re
+import numpy as np
 from server.model.heap import move_to_huge_pages
 
-def on_huge_pages():
-    words = open("/proc/self/smaps_rollup").read().split()
-    return int(words[words.index("AnonHugePages:") + 1]) * 1024
+MIB = 2**20
+memory = mmap.mmap(-1, 1024 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+numbers = np.frombuffer(memory, np.int64)
+numbers[: 64 * MIB // 8] = np.arange(64 * MIB // 8)
+numbers[128 * MIB // 8 :: 16 * MIB // 8] = 1
+address = numbers.ctypes.data
 
-used = numpy.arange(2**24)
-unused = numpy.empty(2**27)  # a gigabyte
-unused[::2**20] = 1.0
-address, before, resident = used.ctypes.data, on_huge_pages(), psutil.Process().memory_info().rss
+def of_region(field):
+    total = 0
+    for part in re.split("(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read())[1:]:
+        start, stop = (int(text, 16) for text in part.split()[0].split("-"))
+        if start <= address < stop or address <= start < address + 1024 * MIB:
+            total += int(re.search(field + r": +([0-9]+)", part)[1]) // 1024
+    return total
+
+before, resident = of_region("AnonHugePages"), of_region("Rss")
 move_to_huge_pages()
-assert (used == numpy.arange(2**24)).all() and used.ctypes.data == address
-assert psutil.Process().memory_info().rss < resident + 2**27
-print(on_huge_pages() - before)
+assert (numbers[: 64 * MIB // 8] == np.arange(64 * MIB // 8)).all() and numbers.ctypes.data == address
+print(before, of_region("AnonHugePages"), of_region("Rss") - resident)
 """
 
 
 def test_what_is_used_lies_on_huge_pages_and_what_is_not_stays_untouched() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this system has no transparent huge pages")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("transparent huge pages are switched off here, or given without being asked for")
     result = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    if result.stdout.split() == ["0"]:
+    before, after, growth = map(int, result.stdout.split())
+    if after == 0:
         pytest.skip("this kernel moves nothing to huge pages")
-    assert int(result.stdout) > 0.9 * 2**27  # bytes of `used`
+    assert before == 0
+    assert after >= 32  # of 64 MiB: others may have taken the memory that lies in such pieces
+    assert growth <= 8
