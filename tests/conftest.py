@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 import structlog
@@ -20,10 +21,11 @@ def silence_log() -> None:
     )
 
 
-@pytest.hookimpl(optionalhook=True)  # of xdist
-def pytest_xdist_auto_num_workers() -> int:
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # of xdist
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
     """One more than there are cores: many tests wait for servers that they have started."""
-    return (os.cpu_count() or 1) + 1
+    workers = yield
+    return workers if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else workers + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

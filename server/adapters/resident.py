@@ -157,7 +157,7 @@ def _on_device(rows: Mapping[int, Tensor], device: torch.device) -> Mapping[int,
     waits for: neither the steps' thread nor their stream ever does."""
     if device.type != "cuda":
         return {width: matrix.to(device) for width, matrix in rows.items()}
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
     with torch.cuda.stream(stream):
         copied = {width: matrix.pin_memory().to(device, non_blocking=True) for width, matrix in rows.items()}
     stream.synchronize()

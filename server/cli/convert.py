@@ -51,7 +51,7 @@ def convert(
     elif path.is_dir():
         _convert_folder(path, folder)
     else:
-        from server.cli.pickles import convert_file  # noqa: PLC0415
+        from server.cli.pickles import convert_file  # noqa: PLC0415 - torch, as below
 
         convert_file(path, folder)
     print(f"wrote {folder}; upload it with `medley push TASK {folder}`")

@@ -111,7 +111,7 @@ class GraphInputs:
         self._starts = self._order.int()
         self._copied = None
         if device.type == "cuda":
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
 
     def fill(self, rows: Sequence[DecodeRow]) -> Composition | None:
         """Write a step's rows to the device; None where they do not fit."""

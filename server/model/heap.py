@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -19,6 +21,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 * 1024**2
 _COLLAPSE = 25  # <linux/mman.h>: MADV_COLLAPSE, which the standard library's `mmap` does not name
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # absent where the system has none
+_LARGEST_PIECE = 32 * 1024**2  # where pages are of 64 kB huge ones are of 512 MiB: too much to fill for a half
 _PAGEMAP = Path("/proc/self/pagemap")  # for each page 8 bytes, whose highest bit says that it is there
 _ENTRY_BYTES, _PRESENT = 8, np.uint64(63)
 
@@ -40,29 +43,50 @@ def move_to_huge_pages() -> None:
 
     A base takes some hundred thousand of the usual 4 kB pages, scattered over whatever a system that has run for long
     had free, which makes the same steps slow in one process and fast in another. Pieces of which less than half has
-    been touched stay as they are: of stacks, the KV cache, the bank. So does what the kernel cannot move (before Linux
-    6.1, or with too little memory), and everything where the system's setting is `never`.
+    been touched stay as they are: of stacks, the KV cache, the bank; half touched is wholly there afterwards. So does
+    what the kernel cannot move (before Linux 6.1, or with too little memory), all of it where the system's setting is
+    `never`, and where the kernel does not say what is touched, which is logged.
     """
+    try:
+        moved = _move()
+    except (OSError, psutil.Error) as error:
+        logger.info("memory is not moved to huge pages: %s", error)
+    else:
+        logger.debug("memory on huge pages: %s MiB", moved // 2**20)
+
+
+def _move() -> int:
+    """Bytes that lie on huge pages now, of what was touched."""
     if not _HUGE_PAGES.exists() or "[never]" in (_HUGE_PAGES / "enabled").read_text():
-        return
+        return 0
     size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
-    madvise = ctypes.CDLL(None).madvise
+    if size > _LARGEST_PIECE:
+        return 0
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     moved = 0
     with _PAGEMAP.open("rb", buffering=0) as pagemap:
-        for region in psutil.Process().memory_maps(grouped=False):
-            if region.perms != "rw-p" or region.path not in ("[anon]", "[heap]"):
+        for piece in _pieces(size):
+            # a region may hold weights and an untouched cache side by side, so each piece of it is looked at
+            if _touched(pagemap, piece, size) < 0.5:
                 continue
+            if madvise(piece, size, _COLLAPSE) == 0:
+                moved += size
+            elif ctypes.get_errno() == errno.ENOMEM:
+                break  # to go on would take from others, page by page, what they have in the way
+    return moved
+
+
+def _pieces(size: int) -> Iterator[int]:
+    """The addresses of whole pieces of this size in the process's own memory."""
+    for region in psutil.Process().memory_maps(grouped=False):
+        if region.perms == "rw-p" and region.path in ("[anon]", "[heap]"):
             start, stop = (int(address, 16) for address in region.addr.split("-"))
-            for piece in range(-(-start // size) * size, stop // size * size, size):
-                # a region may hold weights and an untouched cache side by side, so each piece is looked at
-                if _touched(pagemap, piece, size) >= 0.5 and madvise(piece, size, _COLLAPSE) == 0:
-                    moved += size
-    logger.debug("memory on huge pages: %s MiB", moved // 2**20)
+            yield from range(-(-start // size) * size, stop // size * size, size)
 
 
 def _touched(pagemap: FileIO, start: int, size: int) -> float:
-    """The share of this memory's pages that are there."""
+    """The share of this memory's pages that are there, 0 to 1."""
     pagemap.seek(start // mmap.PAGESIZE * _ENTRY_BYTES)
     entries = np.frombuffer(pagemap.read(size // mmap.PAGESIZE * _ENTRY_BYTES), np.uint64)
-    return float((entries >> _PRESENT).astype(bool).mean()) if len(entries) else 0.0
+    return float((entries >> _PRESENT).mean()) if len(entries) else 0.0

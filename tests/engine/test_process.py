@@ -177,3 +177,14 @@ def test_virtual_tokens_of_both_count_against_the_models_length(engine: Engine, 
     answer = engine.inspect(long, under=engine.store(long))
     assert answer.error is not None
     assert answer.error.param == "num_virtual_tokens"
+
+
+def test_its_memory_moves_to_huge_pages_behind_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    moved = threading.Event()
+    monkeypatch.setattr("server.engine.process.move_to_huge_pages", moved.set)
+    engine = Engine(tmp_path)
+    try:
+        assert moved.wait(60)
+        assert engine.generate() == "length"
+    finally:
+        engine.close()

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from server.model.heap import move_to_huge_pages
 
 # One mapping, so that the kernel sees one region: little of it is used, and that part must move all the same.
 _PROGRAM = """
@@ -52,3 +55,27 @@ def test_what_is_used_lies_on_huge_pages_and_what_is_not_stays_untouched() -> No
     assert before == 0
     assert after >= 32  # of 64 MiB: others may have taken the memory that lies in such pieces
     assert growth <= 8
+
+
+def test_a_process_that_may_not_look_at_its_memory_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "enabled").write_text("always [madvise] never")
+    (tmp_path / "hpage_pmd_size").write_text(str(2**21))
+    monkeypatch.setattr("server.model.heap._HUGE_PAGES", tmp_path)
+
+    def refused(_: psutil.Process, grouped: bool) -> None:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "memory_maps", refused)
+    with caplog.at_level("INFO", "medley.memory"):
+        move_to_huge_pages()
+    assert "not moved" in caplog.text
+
+
+def test_where_the_setting_is_never_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]")
+    (tmp_path / "hpage_pmd_size").write_text(str(2**21))
+    monkeypatch.setattr("server.model.heap._HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(psutil.Process, "memory_maps", lambda *_, **__: pytest.fail("its memory was looked at"))
+    move_to_huge_pages()
