@@ -2,27 +2,27 @@
 norm and the output layer.
 
 What a class does around its layers takes longer than the layers themselves where the base is small and the row is one.
-The angles of the positions are still the class's own. The pass is tried against the class's forward when the base is
-loaded, at positions from the first to the last and with a last norm that gives less and more; where they differ by more
-than rounding (the class scales its embeddings, say, or caps its logits) the class's own forward stays.
+The angles of the positions are the class's own (`angles`). The pass is tried against the class's forward when the base
+is loaded, at positions from the first to the last and with a last norm that gives less and more; where they differ by
+more than rounding (the class scales its embeddings, say, or caps its logits) the class's own forward stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from server.model.agreement import agree
+from server.model.angles import AngleTable
 from server.model.attention import Attention
 from server.model.kv_cache import LayerShape
 from server.model.layer_forms import TRIALS, norm_weight, own_token_attention, scaled
 from server.model.layer_operations import Tail
 from server.model.layer_programs import LayerStack
-from server.model.module_calls import ModuleCall, recorded_calls
+from server.model.module_calls import recorded_calls
 from server.model.norms import OFFSETS
 from server.model.paged_attention import only_decodes
 from server.model.program_kernels import MOST_TOKENS
@@ -38,7 +38,7 @@ class ModelProgram:
     """See the module."""
 
     stack: LayerStack
-    angles: ModuleCall  # of a pass's positions
+    angles: AngleTable
 
     def forward(self, embeddings: Tensor, positions: Tensor, attention: Attention, plan: SitePlan) -> Tensor | None:
         """Logits `[num_tokens, vocabulary]` of all tokens; None for steps that are none of its own. `embeddings` is
@@ -46,18 +46,8 @@ class ModelProgram:
         tokens = len(positions)
         if not 0 < tokens <= MOST_TOKENS or not only_decodes(attention) or not self.stack.program(plan).is_closed:
             return None
-        hidden = embeddings[None]
-
-        def now(given: Any) -> Any:
-            """What took the place of an argument in this pass."""
-            if not isinstance(given, Tensor):
-                return given
-            return hidden if given.is_floating_point() else positions[None]
-
-        call = self.angles
-        named = {name: now(given) for name, given in call.named.items()}
-        cos, sin = call.module(*map(now, call.arguments), **named)
-        return self.stack.logits(plan, hidden, cos, sin, attention)
+        cos, sin = self.angles.at(positions)
+        return self.stack.logits(plan, embeddings[None], cos, sin, attention)
 
 
 @torch.inference_mode()
@@ -93,7 +83,7 @@ def find_model_program(
     for magnitude, factor in TRIALS:
         with scaled([norm], factor):
             expected.append(forward(embeddings * magnitude, positions, attention))
-    program = ModelProgram(stack, rotary)
+    program = ModelProgram(stack, AngleTable(rotary, max_model_len))
     weight, epsilon = weighted
     for offset in OFFSETS:
         scale = weight + offset if offset else weight

@@ -259,6 +259,14 @@ def test_values_that_are_not_finite_are_refused_and_their_tensor_named(config: d
         _refused("not_finite", config, tensors, says=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_are_finite_though_their_sum_is_beyond_the_dtype(dtype: torch.dtype) -> None:
+    largest = torch.full((3, 8), torch.finfo(dtype).max, dtype=dtype)
+    assert largest.sum().isinf()
+    adapter = read_adapter(Checkpoint(PROMPT, {"prompt_embeddings": largest}, dtype), replace(SHAPE, dtype=dtype))
+    assert adapter.virtual_tokens == 3
+
+
 def test_values_beyond_the_bases_dtype_are_not_finite() -> None:
     large = {"prompt_embeddings": torch.full((3, 8), 1e6)}
     assert _read(PROMPT, large).virtual_tokens == 3
