@@ -36,8 +36,9 @@ format: $(INSTALLED)
 demo-check: $(INSTALLED)
 	$(BIN)/python -m demo.check
 
+# The CPU set. `make bench VLLM=path/to/env` measures vLLM too; benchmarks/vllm_peer.py says how to make its environment.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(VLLM),--vllm '$(VLLM)')
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -97,7 +97,7 @@ class Served:
 
     def __init__(self, base: FrozenBase, store: Store) -> None:
         self._outputs: SimpleQueue[tuple[float, StepOutput]] = SimpleQueue()
-        self.loop = EngineLoop(lambda output: self._outputs.put((time.perf_counter(), output)))
+        self.loop = EngineLoop(lambda output: self._outputs.put((time.perf_counter(), output)), iter(()))
         self._engine = Engine(base, engine_limits(_PAGES), partial(store.load, base), self.loop.wake)
         self._thread = threading.Thread(target=self.loop.run, args=(self._engine,))
         self._thread.start()

@@ -4,6 +4,7 @@ Five clients send requests of one size, so a fair share is a fifth of all output
 sends one request and the hog sends 100; a wave comes whenever one of the four has fewer than two requests waiting, so
 that all five are backlogged all the time. One round's waves follow those of the round before; the first ones fill the
 engine and are not counted. The least and the most that one of the four gets must be within a fifth of the fair share.
+Every prompt is fresh: no figure is printed where a prompt token came from the cache.
 
 It runs in process: over HTTP a client is the request's API key or `user`, which the engine gets as the name that it is
 given here, and the hog's thousands of connections would be what is measured.
@@ -23,7 +24,7 @@ import typer
 from benchmarks.bases import SIZES, BaseSize, random_base
 from benchmarks.frame import Case, Figure, Quick, Report, Rounds, Save, Table, Target, Threads, alternate, machine
 from benchmarks.inprocess import Size, ask, default, engine_limits, open_engine, prepare
-from benchmarks.workload import Job, Workload
+from benchmarks.workload import Job, Workload, by_round, check_fresh
 from server.engine.engine import Engine
 from server.engine.pages import pages_for
 from server.model import FrozenBase
@@ -45,6 +46,15 @@ class _Client:
     sent: int = 0
     refused: int = 0
     tokens: int = 0  # of this round
+    cached: int = 0  # prompt tokens from the cache, of requests whose first token came in this round
+
+
+@dataclass(frozen=True)
+class _Got:
+    """What a client got in one round."""
+
+    rate: float  # output tokens/s
+    cached: int  # prompt tokens that were not computed, which must be none
 
 
 class _Crowd:
@@ -61,10 +71,10 @@ class _Crowd:
     def clients(self) -> list[_Client]:
         return list(self._by_name.values())
 
-    def run(self, waves: int, prompts: random.Random) -> dict[str, float]:
-        """Serve until so many waves have been sent; each client's output tokens/s. All are backlogged in each step."""
+    def run(self, waves: int, prompts: random.Random) -> dict[str, _Got]:
+        """Serve until so many waves have been sent; what each client got. All are backlogged in each step."""
         for client in self.clients:
-            client.tokens = 0
+            client.tokens = client.cached = 0
         started = time.perf_counter()
         while waves:
             if any(len(client.waiting) < _BACKLOG for client in self.others):
@@ -75,7 +85,7 @@ class _Crowd:
                 raise RuntimeError("the hog is not backlogged: the queue is too short for this benchmark")
             self._step()
         seconds = time.perf_counter() - started
-        return {client.name: client.tokens / seconds for client in self.clients}
+        return {client.name: _Got(client.tokens / seconds, client.cached) for client in self.clients}
 
     def _send_wave(self, prompts: random.Random) -> None:
         for client in self.clients:
@@ -99,7 +109,9 @@ class _Crowd:
             client.refused += 1
         for tokens in output.tokens:
             client = self._client_of(tokens.id)
-            client.waiting.discard(tokens.id)
+            if tokens.id in client.waiting:
+                client.waiting.remove(tokens.id)
+                client.cached += tokens.cached_tokens
             client.tokens += len(tokens.token_ids)
 
     def _client_of(self, request_id: str) -> _Client:
@@ -114,7 +126,10 @@ def compare(size: BaseSize, workload: Workload, max_seqs: int, waves: int, round
     with open_engine(base, engine_limits(pages, max_seqs=max_seqs)) as engine:
         crowd = _Crowd(engine, workload)
         crowd.run(1 + max_seqs // len(crowd.clients), random.Random(0))
-        rates = alternate([Case("crowd", lambda prompts: crowd.run(waves, prompts))], rounds)["crowd"]
+        measured = alternate([Case("crowd", lambda prompts: crowd.run(waves, prompts))], rounds)["crowd"]
+    cached = {client.name: [each[client.name].cached for each in measured] for client in crowd.clients}
+    check_fresh(cached)
+    rates = [{name: got.rate for name, got in each.items()} for each in measured]
     fair = [sum(each.values()) / len(crowd.clients) for each in rates]
     shares = {
         client.name: [each[client.name] / share for each, share in zip(rates, fair, strict=True)]
@@ -130,6 +145,7 @@ def compare(size: BaseSize, workload: Workload, max_seqs: int, waves: int, round
             f"{median(fair):.1f}",
             f"{median(shares[client.name]):.3f}",
             f"{min(shares[client.name]):.3f} – {max(shares[client.name]):.3f}",
+            by_round(cached[client.name]),
         )
         for client in crowd.clients
     ]
@@ -138,7 +154,8 @@ def compare(size: BaseSize, workload: Workload, max_seqs: int, waves: int, round
         f"prompt and {workload.new_tokens} new tokens, {max_seqs} at once, median of {rounds} rounds of {waves} waves"
     )
     columns = ("client", "sent", "queue_full", "tokens/s", "fair share", "÷ fair share", "of the rounds")
-    table = Table("Fairness", columns, rows, caption="tokens/s: output tokens; sent and refused: from the beginning")
+    caption = "tokens/s: output tokens; sent and refused: from the beginning"
+    table = Table("Fairness", (*columns, "cached, by round"), rows, caption)
     figures = [
         Figure("least of the four ÷ fair share", median(map(min, others)), target=AT_LEAST),
         Figure("most of the four ÷ fair share", median(map(max, others)), target=AT_MOST),

@@ -1,4 +1,4 @@
-"""The frame of every benchmark: the machine's facts, alternation, medians, targets, one report.
+"""The frame of every benchmark: the machine's and the code's facts, alternation, medians, targets, one report.
 
 A benchmark makes `Case`s, measures them with `alternate`, turns the rounds into `Figure`s (some with a `Target`)
 and hands them, with tables of its own if it likes, to a `Report`, which prints them and, asked to, saves them.
@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from rich.progress import Progress
 from rich.table import Table as RichTable
 
 RESULTS = Path(__file__).with_name("results")
+_ROOT = RESULTS.parents[1]
 LEAST_ROUNDS = 5  # for a median that counts
 IDLE = 0.10  # of all cores' time, which others may have
 _PATIENCE_SECONDS = 60.0
@@ -208,7 +210,8 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What the benchmark runs on. Call it before the run: load and `busy` are those of others."""
+    """What the benchmark runs on, and of which code. Call it before the run: load and `busy` are those of others."""
+    code = commit(_ROOT)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": _processor(),
@@ -218,7 +221,29 @@ def machine() -> dict[str, Any]:
         "busy": _busy(),  # of all cores' time, just now
         "python": platform.python_version(),
         **{name: version(name) for name in ("medley", "torch", "transformers", "peft")},
+        **({} if code is None else {"commit": code}),
     }
+
+
+def commit(root: Path) -> str | None:
+    """The one that is checked out in `root`, as `git describe --always --dirty` names it; None: it is no git checkout.
+
+    What benchmarks save is not counted as a change, or one that is saved would make the next one's code look changed.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        # without locks: somebody may be committing
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    try:
+        described = git("describe", "--always")
+    except OSError:  # there is no git
+        return None
+    if described.returncode:
+        return None
+    is_changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode
+    return described.stdout.strip() + ("-dirty" if is_changed else "")
 
 
 def await_idle() -> None:

@@ -55,7 +55,8 @@ def compare(size: str, device: torch.device, rounds: int) -> Report:
             [(name, rate if isinstance(rate, str) else f"{rate:.0f}") for name, rate in work],
         ),
     ]
-    return Report(f"gpu_{size}", f"{size} in {dtype}".replace("torch.", ""), figures, facts, tables, notes)
+    title = f"{size} in {dtype}".replace("torch.", "")
+    return Report(f"gpu_{size}", title, figures, facts, tables, notes, rounds=rounds)
 
 
 def _own(
@@ -176,7 +177,7 @@ def main(
         _no_figures("torch finds no CUDA device")
     if quick:
         size, rounds = "tiny", 1
-    prepare(None)
+    prepare(None, is_saved=save)
     compare(size, device, rounds).finish(save)
 
 

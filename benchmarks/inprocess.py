@@ -80,8 +80,9 @@ def engine_limits(num_pages: int, **changes: int) -> EngineLimits:
 
 
 @contextmanager
-def open_engine(base: FrozenBase, limits: EngineLimits) -> Iterator[Engine]:
-    """An engine that reads adapters from PEFT folders; its loader's threads end with the block."""
+def open_engine(base: FrozenBase, limits: EngineLimits, *, is_moved: bool = True) -> Iterator[Engine]:
+    """An engine that reads adapters from PEFT folders; its loader's threads end with the block. `is_moved`: its memory
+    is on huge pages, as a server's that had a moment's rest."""
 
     def load(files: Mapping[str, str]) -> Adapter:
         return read_folder(Path(files["folder"]), base)
@@ -89,7 +90,8 @@ def open_engine(base: FrozenBase, limits: EngineLimits) -> Iterator[Engine]:
     engine = Engine(base, limits, load)
     gc.collect()
     gc.freeze()  # as the engine's process does, and this too
-    move_to_huge_pages()
+    if is_moved:
+        move_to_huge_pages()
     try:
         yield engine
     finally:

@@ -4,6 +4,7 @@ For soft prompts, (IA)³ and LoRA each, 64 requests at once, alternated: of 16 t
 1,000 that are resident; of tasks drawn by zipf's law among 10,000, of which the bank holds 1,000, so that some are
 loaded from their own files while the others run. Beside it: what a lookup and a publication take with 100 and with
 10,000 tasks registered. Steps and loads are the engine's, which knows of no task but those that it is asked for.
+Prompts are fresh: no figure is printed where text came from the cache.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.frame import (
 )
 from benchmarks.inprocess import Size, drive, engine_limits, make_resident, open_engine, prepare, read_folder
 from benchmarks.registered import lookups
-from benchmarks.workload import Run, Task, Workload
+from benchmarks.workload import Run, Task, Workload, check_fresh
 from server.engine.engine import Engine, EngineLimits
 from server.engine.pages import pages_for
 from server.engine.protocol import StepOutput
@@ -163,6 +164,7 @@ def compare(base: FrozenBase, workload: Workload, registered: int, resident: int
             with tempfile.TemporaryDirectory(dir=parent) as folder, ExitStack() as stack:
                 written = draws.write(patterns[method][0], Path(folder))
                 measured = alternate(cases(base, workload, draws, written, stack), rounds)
+            check_fresh({name: [each.run.cached_text for each in measures] for name, measures in measured.items()})
             rates = {name: [each.run.tokens_per_second for each in measures] for name, measures in measured.items()}
             few = rates[f"{method}: {FEW} tasks"]
             rows += [_row(name, measures, ratio(rates[name], few)) for name, measures in measured.items()]

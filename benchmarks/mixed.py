@@ -12,7 +12,8 @@ would have the base compute the one that is left for every request, and one of a
 more than the tasks do. So the cached text is the whole pages: one token less to attend over, and no copy.
 
 Every request has a fresh prompt. Adapters, prefixes and the cached texts are there before the clock starts, so the
-cached tokens that are printed are virtual ones and these texts, and nothing else.
+cached tokens that are printed are virtual ones and these texts, and nothing else. No figure is printed where more or
+less text came from the cache.
 
 With `--peft` each round also runs the same prompts by Hugging Face PEFT, each method in the best way that PEFT has for
 it, and no figure is printed before both systems have been found to give the right tokens.
@@ -25,7 +26,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, TypeVar
@@ -52,7 +53,7 @@ from benchmarks.frame import (
 from benchmarks.inprocess import Size, default, drive, make_resident, prepare
 from benchmarks.medley import Medley
 from benchmarks.peft_peer import PeftPeer
-from benchmarks.workload import Job, Run, Task, Workload
+from benchmarks.workload import Job, Run, Task, Workload, check_cached
 from server.engine.protocol import StepOutput
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -74,6 +75,10 @@ class Mix:
     beside: Mix | None = None  # what it is compared with
     least: float | None = None  # ÷ that
     peft_way: str | None = None  # how PEFT runs it; None: it is not asked to
+
+    def known_text(self, requests: int) -> int:
+        """Tokens of the beginnings of so many requests."""
+        return sum(map(len, islice(cycle(self.beginnings), requests)))
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
                 Case(mix.title, partial(measure, workload, medley, peer, mix, cycle((True, False)))) for mix in rows
             ]
             pairs = alternate(cases, rounds)
+            check_text(rows, pairs, workload.requests)
             title = (
                 f"Llama of {medley.parameters / 1e6:.1f} M parameters ({workload.size}), float32: {workload.requests} "
                 f"requests of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens, median of {rounds} "
@@ -179,6 +185,21 @@ def compare(workload: Workload, rounds: int, *, with_peft: bool) -> Report:
             )
     figures = list(chain(_over_base(rows, pairs), _over_peft(rows, pairs)))
     return Report("mixed", title, figures, facts, [_table(rows, pairs, workload)], notes, rounds=rounds)
+
+
+def check_text(rows: Sequence[Mix], pairs: dict[str, list[Measured]], requests: int) -> None:
+    """Raises `CachedTextError` where the text from the cache is not exactly the beginnings, of a row or of what it is
+    compared with."""
+    cached: dict[str, list[int]] = {}
+    known: dict[str, int] = {}
+    for mix in rows:
+        cached[mix.title] = [pair.medley.cached_text for pair in pairs[mix.title]]
+        known[mix.title] = mix.known_text(requests)
+        if mix.beside is not None:
+            beside = f"{mix.beside.title}, beside {mix.title}"
+            cached[beside] = [pair.beside.cached_text for pair in pairs[mix.title] if pair.beside is not None]
+            known[beside] = mix.beside.known_text(requests)
+    check_cached(cached, known)
 
 
 def _rates(pairs: Sequence[Measured]) -> list[float]:

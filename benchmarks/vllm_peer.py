@@ -9,8 +9,8 @@ vLLM pins many packages, so it is kept out of Medley's environment. Make one for
         'extra ==' not in each and not each.startswith('torch')), sep='\\n')" > vllm-requirements.txt
     vllm-env/bin/pip install -r vllm-requirements.txt
 
-and name it: `--vllm vllm-env`. It compiles the model when it starts, for which it wants a C++ compiler. torchvision,
-torchaudio and torchcodec are left out: text needs none of them.
+and name it: `--vllm vllm-env`, or `make bench VLLM=vllm-env`. It compiles the model when it starts, for which it wants
+a C++ compiler. torchvision, torchaudio and torchcodec are left out: text needs none of them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Run:
     answers: list[list[int]]  # new token ids of each job
     seconds: float
     cached_virtual: int = 0  # prompt positions that were not computed: virtual tokens of a task's own prefix
-    cached_text: int = 0  # the same of the text; a benchmark of fresh prompts must show 0
+    cached_text: int = 0  # the same of the text; 0 where prompts are fresh, which `check_fresh` looks at
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,8 +42,8 @@ class Run:
         return sum(map(len, self.answers)) / self.seconds
 
 
-class CacheHitError(Exception):
-    """Prompts that were to be fresh came from a cache: the figures are of less work than they say."""
+class CachedTextError(Exception):
+    """Other prompt tokens came from a cache than those that were to: the figures are of other work than they say."""
 
 
 def by_round(counts: Sequence[int]) -> str:
@@ -52,10 +52,20 @@ def by_round(counts: Sequence[int]) -> str:
 
 
 def check_fresh(cached: Mapping[str, Sequence[int]]) -> None:
-    """Raises `CacheHitError` where a row had cached prompt tokens in any round."""
-    hits = [f"{row}: {by_round(counts)}" for row, counts in cached.items() if any(counts)]
-    if hits:
-        raise CacheHitError(f"prompt tokens came from the cache, round by round: {'; '.join(hits)}")
+    """Raises `CachedTextError` where a row had cached prompt tokens in any round."""
+    check_cached(cached, {})
+
+
+def check_cached(cached: Mapping[str, Sequence[int]], known: Mapping[str, int]) -> None:
+    """Raises `CachedTextError` where a row had, in any round, more or fewer cached prompt tokens than are `known`: none
+    where it is not named."""
+    wrong = [
+        f"{row}: {by_round(counts)}, not {known.get(row, 0)}"
+        for row, counts in cached.items()
+        if any(count != known.get(row, 0) for count in counts)
+    ]
+    if wrong:
+        raise CachedTextError(f"prompt tokens from the cache, round by round: {'; '.join(wrong)}")
 
 
 @dataclass(frozen=True)

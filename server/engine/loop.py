@@ -1,8 +1,12 @@
-"""The engine's loop: take what came, step, say what happened; sleep when there is nothing to do."""
+"""The engine's loop: take what came, step, say what happened; sleep when there is nothing to do.
+
+What can wait until nobody waits for anything (memory that is moved to better places) is done then, in short pieces: a
+request that comes meanwhile waits for the piece under way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 
 from server.engine.engine import Engine
@@ -15,9 +19,11 @@ Work = Generate | Abort | Pin | Healed
 class EngineLoop:
     """Runs an engine on the calling thread; `post`, `wake` and `stop` may be called from any other."""
 
-    def __init__(self, emit: Callable[[StepOutput], None]) -> None:
-        """`emit` takes each step's output and must not block."""
+    def __init__(self, emit: Callable[[StepOutput], None], at_rest: Iterator[None]) -> None:
+        """`emit` takes each step's output and must not block. `at_rest` does what can wait, some milliseconds of it
+        with each element."""
         self._emit = emit
+        self._at_rest = at_rest
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._stopped = False
 
@@ -44,6 +50,8 @@ class EngineLoop:
     def _receive(self, engine: Engine) -> bool:
         """Everything in the inbox; with nothing to step, wait for it (for deadlines, not for ever). Returns whether
         anything but new sequences came."""
+        if not engine.has_work:
+            self._rest()
         block = not engine.has_work or engine.must_wait
         timeout = 1.0 if engine.has_work else None
         changed = False
@@ -67,3 +75,8 @@ class EngineLoop:
                     changed = True
                 case None:
                     pass
+
+    def _rest(self) -> None:
+        """Do what can wait, until something comes or it is done."""
+        while self._inbox.empty() and next(self._at_rest, "done") is None:
+            pass

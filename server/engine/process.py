@@ -1,8 +1,8 @@
 """The engine process: one end of a socket, the base, and the loop between them.
 
 Threads: this one steps; a reader takes messages off the socket; a writer puts them on it, so that a slow HTTP
-process never holds a step; a few check uploads and load adapters; one moves memory to huge pages, and ends. When the
-other side of the socket is gone, so is this process.
+process never holds a step; a few check uploads and load adapters. When the other side of the socket is gone, so is this
+process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from server.errors import AdapterError, RequestError, StartupError
 from server.logs import configure_logging
 from server.model import FrozenBase, KVCache
 from server.model.fingerprint import fingerprint, resolve_folder
-from server.model.heap import move_to_huge_pages
+from server.model.heap import moves_to_huge_pages
 
 logger = logging.getLogger("medley.engine")
 
@@ -102,7 +102,8 @@ class EngineProcess:
             folder, device=settings.device, dtype=settings.dtype, max_model_len=settings.max_model_len
         )
         limits = _limits(settings, self._base)
-        self._loop = EngineLoop(self._outgoing.put)
+        at_rest = moves_to_huge_pages() if self._base.device.type == "cpu" else iter(())
+        self._loop = EngineLoop(self._outgoing.put, at_rest)
         self._engine = Engine(self._base, limits, self._load_adapter, self._loop.wake)
         # The base and the libraries stay as long as the process: a collection that visits all of their objects again
         # would hold a step for some tenths of a second.
@@ -112,10 +113,7 @@ class EngineProcess:
 
     def run(self) -> None:
         """Step until the other side is gone."""
-        works = [self._read, self._write]
-        if self._base.device.type == "cpu":
-            works.append(move_to_huge_pages)
-        for work in works:
+        for work in (self._read, self._write):
             threading.Thread(target=work, daemon=True).start()
         self._loop.run(self._engine)
         self._engine.close()

@@ -48,6 +48,7 @@ _FILES = (
     "compiled.py",
     "decode_kernel.py",
     "delta_kernels.py",
+    "head_products.py",
     "layer_kernels.py",
     "program_kernels.py",
     "tiles.py",
@@ -78,6 +79,8 @@ def kernel(pointer: Any) -> Callable[[Any], Any]:
 
 
 def _versioned(function: Any) -> Any:
+    # of a closure numba would keep one more result at every start, and find none of them again
+    assert function.__closure__ is None, f"{function.__qualname__} refers to a variable of the function around it"
     function.__qualname__ += f".{_SOURCES}"
     return function
 

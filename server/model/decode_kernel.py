@@ -17,7 +17,8 @@ from numba import carray, types
 from torch import Tensor
 
 from server.model.attention import AttentionOptions, AttentionPlan, DecodeGroup
-from server.model.compiled import call_address, floats, inlined, integers, kernel, prefetch, take_unit
+from server.model.compiled import call_address, exponential, floats, inlined, integers, kernel, take_unit
+from server.model.head_products import add_tokens, score_tokens
 from server.model.threads import TorchThreads
 
 _FIELDS = (
@@ -53,60 +54,22 @@ ATTENTION = np.dtype([(name, np.int64) for name in _FIELDS] + [("scaling", np.fl
 Arguments = dict[str, Any]  # of such a record, by name: numbers
 _WRITTEN = 8 * _FIELDS.index("written")  # bytes from the record's beginning
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
-_LINE = 16  # numbers of a cache line
 _CALL_POINTER = types.CPointer(numba.from_dtype(ATTENTION))
 
 
 @inlined
-def _fetch(ahead: Any, token: int, kv_head: int, page: Any) -> None:
-    """Ask for the same token and head of another page, whose address is `ahead`."""
-    _, kv_heads, head_dim = page.shape
-    for at in range(0, head_dim, _LINE):
-        prefetch(ahead + 4 * ((token * kv_heads + kv_head) * head_dim + at))
-
-
-@inlined
-def _score(first: int, stop: int, query: Any, keys: Any, ahead: Any, scores: Any, scaling: Any, softcap: Any) -> None:
-    """scaling · q kᵀ, capped, for KV heads from the first on and a page's tokens: `scores` `[their heads, tokens]`."""
-    tokens, kv_heads, head_dim = keys.shape
-    repeats = query.shape[0] // kv_heads
-    for token in range(tokens):
-        for kv_head in range(first, stop):
-            _fetch(ahead, token, kv_head, keys)
-            for head in range(kv_head * repeats, (kv_head + 1) * repeats):
-                score = np.float32(0)
-                for at in range(head_dim):
-                    score += query[head, at] * keys[token, kv_head, at]
-                score *= scaling
-                scores[head - first * repeats, token] = softcap * np.tanh(score / softcap) if softcap > 0 else score
-
-
-@inlined
-def _softmax(scores: Any, sink: Any) -> None:
-    """In place over `scores` `[seen]` and one more that is not kept."""
+def _softmax(scores: Any, scaling: Any, softcap: Any, sink: Any) -> None:
+    """In place over `scores` `[seen]`, scaled and capped before, and one more that is not kept."""
     largest = sink
-    for score in scores:
-        largest = max(largest, score)
-    total = np.exp(sink - largest)
     for at in range(len(scores)):
-        scores[at] = np.exp(scores[at] - largest)
+        score = scaling * scores[at]
+        scores[at] = softcap * np.tanh(score / softcap) if softcap > 0 else score
+        largest = max(largest, scores[at])
+    total = exponential(sink - largest)
+    for at in range(len(scores)):
+        scores[at] = exponential(scores[at] - largest)
         total += scores[at]
     scores *= np.float32(1) / total
-
-
-@inlined
-def _add_values(first: int, stop: int, weights: Any, values: Any, ahead: Any, output: Any) -> None:
-    """Add the weighted values of a page's tokens: `weights` `[heads of these KV heads, tokens]`, `output`
-    `[heads, head_dim]`."""
-    tokens, kv_heads, head_dim = values.shape
-    repeats = output.shape[0] // kv_heads
-    for token in range(tokens):
-        for kv_head in range(first, stop):
-            _fetch(ahead, token, kv_head, values)
-            for head in range(kv_head * repeats, (kv_head + 1) * repeats):
-                weight = weights[head - first * repeats, token]
-                for at in range(head_dim):
-                    output[head, at] += weight * values[token, kv_head, at]
 
 
 @inlined
@@ -122,40 +85,44 @@ def write_token(call: Any, unit: int) -> None:
 @inlined
 def attend_share(call: Any, unit: int, likely: int) -> None:
     """A share of a row's heads. `likely` is the unit that this thread will have next, unless another takes it."""
-    rows, heads, head_dim, size = call.rows, call.heads, call.head_dim, call.page_size
-    repeats = heads // call.kv_heads
-    page_bytes = 4 * size * call.kv_heads * head_dim
-    page_shape = (call.num_pages, size, call.kv_heads, head_dim)
-    keys, values = carray(floats(call.keys), page_shape), carray(floats(call.values), page_shape)
+    rows, heads, width, size = call.rows, call.heads, call.head_dim, call.page_size
+    repeats, stride = heads // call.kv_heads, 4 * call.kv_heads * call.head_dim  # bytes from token to token
     lengths, tokens = carray(integers(call.lengths), rows), carray(integers(call.tokens), rows)
     tables = carray(integers(call.tables), (rows, call.table_width))
-    queries = carray(floats(call.query), (call.num_tokens, heads, head_dim))
-    output = carray(floats(call.output), (call.num_tokens, heads, head_dim))
     row, part = unit // call.shares, unit % call.shares
     heads_from, heads_to = part * call.kv_heads // call.shares, (part + 1) * call.kv_heads // call.shares
-    token, length, pages = tokens[row], lengths[row], tables[row]
+    length, pages, first_head = lengths[row], tables[row], 4 * heads * width * tokens[row]
     first = max(0, length - call.window) if call.window > 0 else 0
     begin, last = first // size, (length - 1) // size
     scores = np.empty(((heads_to - heads_from) * repeats, length), np.float32)
-    first_values = call.values + page_bytes * pages[begin]
+    first_values = call.values + stride * size * pages[begin]
     for place in range(begin, last + 1):
         start, stop = max(first, place * size), min(length, (place + 1) * size)
-        page = keys[pages[place], start - place * size : stop - place * size]
-        ahead = call.keys + page_bytes * pages[place + 1] if place < last else first_values
-        _score(heads_from, heads_to, queries[token], page, ahead, scores[:, start:stop], call.scaling, call.softcap)
+        page = call.keys + stride * (size * pages[place] + start - place * size)
+        ahead = call.keys + stride * size * pages[place + 1] if place < last else first_values
+        for head in range(heads_from * repeats, heads_to * repeats):
+            at = 4 * width * (head // repeats)
+            into = scores.ctypes.data + 4 * ((head - heads_from * repeats) * length + start)
+            query = call.query + first_head + 4 * width * head
+            score_tokens(query, page + at, stride, stop - start, width, into, ahead + at)
     for head in range(heads_from * repeats, heads_to * repeats):
         sink = floats(call.sinks)[head] if call.sinks != 0 else np.float32(-np.inf)
-        _softmax(scores[head - heads_from * repeats, first:length], sink)
-        output[token, head] = 0
+        _softmax(scores[head - heads_from * repeats, first:length], call.scaling, call.softcap, sink)
+        output = carray(floats(call.output + first_head + 4 * width * head), width)
+        output[:] = 0
     next_row, next_part = likely // call.shares, likely % call.shares
     next_place = max(0, lengths[next_row] - call.window) // size if call.window > 0 else 0
-    next_keys = call.keys + page_bytes * tables[next_row, next_place]
-    next_keys += 4 * head_dim * (next_part * call.kv_heads // call.shares - heads_from)
+    next_keys = call.keys + stride * size * tables[next_row, next_place]
+    next_keys += 4 * width * (next_part * call.kv_heads // call.shares - heads_from)
     for place in range(begin, last + 1):
         start, stop = max(first, place * size), min(length, (place + 1) * size)
-        page = values[pages[place], start - place * size : stop - place * size]
-        ahead = call.values + page_bytes * pages[place + 1] if place < last else next_keys
-        _add_values(heads_from, heads_to, scores[:, start:stop], page, ahead, output[token])
+        page = call.values + stride * (size * pages[place] + start - place * size)
+        ahead = call.values + stride * size * pages[place + 1] if place < last else next_keys
+        for head in range(heads_from * repeats, heads_to * repeats):
+            at = 4 * width * (head // repeats)
+            weights = scores.ctypes.data + 4 * ((head - heads_from * repeats) * length + start)
+            output_at = call.output + first_head + 4 * width * head
+            add_tokens(output_at, page + at, stride, stop - start, width, weights, ahead + at)
 
 
 @kernel(_CALL_POINTER)

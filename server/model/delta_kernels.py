@@ -116,21 +116,38 @@ def update_token(call: Any, unit: int) -> None:
             output[at] += factor * up[at]
 
 
-def _of_all(change_token: Any) -> Any:
-    """What each thread runs: tokens, as long as there are any."""
+# What each thread runs: tokens, as long as there are any. Three functions, not one that is given what to do with a
+# token: that would be a closure, which numba compiles at every start.
 
-    @kernel(_CALL_POINTER)
-    def change(pointer: Any) -> None:
-        call = carray(pointer, 1)[0]
+
+@kernel(_CALL_POINTER)
+def _scale(pointer: Any) -> None:
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        scale_token(call, unit)
         unit = take_unit(pointer)
-        while unit < call.count:
-            change_token(call, unit)
-            unit = take_unit(pointer)
-
-    return change
 
 
-_KERNELS = {"scale": _of_all(scale_token), "shift": _of_all(shift_token), "low_rank": _of_all(update_token)}
+@kernel(_CALL_POINTER)
+def _shift(pointer: Any) -> None:
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        shift_token(call, unit)
+        unit = take_unit(pointer)
+
+
+@kernel(_CALL_POINTER)
+def _update(pointer: Any) -> None:
+    call = carray(pointer, 1)[0]
+    unit = take_unit(pointer)
+    while unit < call.count:
+        update_token(call, unit)
+        unit = take_unit(pointer)
+
+
+_KERNELS = {"scale": _scale, "shift": _shift, "low_rank": _update}
 
 
 class Numbers(NamedTuple):

@@ -12,7 +12,6 @@ from io import FileIO
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 logger = logging.getLogger("medley.memory")
 
@@ -22,6 +21,8 @@ _LARGEST_KEPT = 32 * 1024**2
 _COLLAPSE = 25  # <linux/mman.h>: MADV_COLLAPSE, which the standard library's `mmap` does not name
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # absent where the system has none
 _LARGEST_PIECE = 32 * 1024**2  # where pages are of 64 kB huge ones are of 512 MiB: too much to fill for a half
+_REGIONS = Path("/proc/self/maps")  # `smaps`, which more read, takes longer the more memory there is
+_OWN = ("[heap]", "[anon")  # or no name at all
 _PAGEMAP = Path("/proc/self/pagemap")  # for each page 8 bytes, whose highest bit says that it is there
 _ENTRY_BYTES, _PRESENT = 8, np.uint64(63)
 
@@ -38,8 +39,14 @@ def keep_freed_memory() -> None:
 
 
 def move_to_huge_pages() -> None:
-    """Copy what this process has written so far, a base's weights above all, onto huge pages; addresses stay. Some 300
-    MiB a second; other threads wait only for the page that is being copied, or for memory that they ask for meanwhile.
+    """All of `moves_to_huge_pages` at once."""
+    for _ in moves_to_huge_pages():
+        pass
+
+
+def moves_to_huge_pages() -> Iterator[None]:
+    """Copy what this process has written so far, a base's weights above all, onto huge pages, one with each element;
+    addresses stay. A page takes some 7 ms, in which other threads wait for what they ask of it, or for new memory.
 
     A base takes some hundred thousand of the usual 4 kB pages, scattered over whatever a system that has run for long
     had free, which makes the same steps slow in one process and fast in another. Pieces of which less than half has
@@ -47,41 +54,43 @@ def move_to_huge_pages() -> None:
     what the kernel cannot move (before Linux 6.1, or with too little memory), all of it where the system's setting is
     `never`, and where the kernel does not say what is touched, which is logged.
     """
+    moved = 0
     try:
-        moved = _move()
-    except (OSError, psutil.Error) as error:
+        for size in _moves():
+            moved += size
+            yield
+    except OSError as error:
         logger.info("memory is not moved to huge pages: %s", error)
     else:
         logger.debug("memory on huge pages: %s MiB", moved // 2**20)
 
 
-def _move() -> int:
-    """Bytes that lie on huge pages now, of what was touched."""
+def _moves() -> Iterator[int]:
+    """Bytes that lie on huge pages now, of what was touched, one page after the other."""
     if not _HUGE_PAGES.exists() or "[never]" in (_HUGE_PAGES / "enabled").read_text():
-        return 0
+        return
     size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
     if size > _LARGEST_PIECE:
-        return 0
+        return
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    moved = 0
     with _PAGEMAP.open("rb", buffering=0) as pagemap:
         for piece in _pieces(size):
             # a region may hold weights and an untouched cache side by side, so each piece of it is looked at
             if _touched(pagemap, piece, size) < 0.5:
                 continue
             if madvise(piece, size, _COLLAPSE) == 0:
-                moved += size
+                yield size
             elif ctypes.get_errno() == errno.ENOMEM:
-                break  # to go on would take from others, page by page, what they have in the way
-    return moved
+                return  # to go on would take from others, page by page, what they have in the way
 
 
 def _pieces(size: int) -> Iterator[int]:
     """The addresses of whole pieces of this size in the process's own memory."""
-    for region in psutil.Process().memory_maps(grouped=False):
-        if region.perms == "rw-p" and region.path in ("[anon]", "[heap]"):
-            start, stop = (int(address, 16) for address in region.addr.split("-"))
+    for region in _REGIONS.read_text().splitlines():
+        addresses, permissions, _, _, _, *name = region.split(maxsplit=5)
+        if permissions == "rw-p" and (not name or name[0].startswith(_OWN)):
+            start, stop = (int(address, 16) for address in addresses.split("-"))
             yield from range(-(-start // size) * size, stop // size * size, size)
 
 

@@ -27,7 +27,8 @@ FIGURES = {
     "long_prompts": (
         long_prompts.app,
         [
-            "longest gap of a stream ÷ step of a full chunk",
+            "longest gap of a stream ÷ step of a full chunk, worst round",
+            "longest gap of a stream ÷ step of a full chunk, median round",
             "step of a full chunk ÷ decode step",
             "first token beside the streams ÷ alone",
             "step of short rows and a long one ÷ the sum of each apart",
@@ -70,6 +71,20 @@ def test_quick_mode_prints_every_figure(name: str) -> None:
         assert re.search(rf"{re.escape(figure)} +│ +-?\d", output), f"{figure} is missing in:\n{output}"
     for pattern in COUNTED[name]:
         assert re.search(pattern, output), f"{pattern} is missing in:\n{output}"
+
+
+@pytest.mark.parametrize(("worst", "verdict"), [(2.0, "reached"), (2.1, "not reached")])
+def test_one_round_in_which_a_stream_waits_too_long_is_too_much(worst: float, verdict: str) -> None:
+    mixed = [_arrival(gap) for gap in (1.2, 1.2, worst, 1.2, 1.2)]
+    steps = {name: [1.0] * 5 for name in ("short", "fewer", "together", "long")}
+    figures = long_prompts.figures({"mixed": mixed, "alone": [_arrival(0.0)] * 5}, steps)
+    [judged, median_round] = [figure for figure in figures if figure.name.startswith("longest gap")]
+    assert (judged.value, judged.target, judged.verdict) == (worst, long_prompts.GAP, verdict)
+    assert (median_round.value, median_round.target) == (1.2, None)
+
+
+def _arrival(gap: float) -> long_prompts.Arrival:
+    return long_prompts.Arrival(decode=1.0, gap=gap, first_token=1.0, chunk=1.0, chunk_tokens=1, cached_text=0)
 
 
 def _output(app: typer.Typer) -> str:

@@ -15,9 +15,10 @@ NUMBER = r"\d+\.\d+"
 def test_quick_mode_prints_every_client_with_its_share_and_a_verdict() -> None:
     outcome = CliRunner().invoke(fairness.app, ["--quick"], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    # client │ sent │ refused │ tokens/s │ fair share │ ratio │ of the rounds
+    # client │ sent │ refused │ tokens/s │ fair share │ ratio │ of the rounds │ cached
     lines = {
-        name: rf"{name} +│ +(\d+) │ +(\d+) │ +{NUMBER} │ +{NUMBER} │ +({NUMBER}) │" for name in ("hog", r"client \d")
+        name: rf"{name} +│ +(\d+) │ +(\d+) │ +{NUMBER} │ +{NUMBER} │ +({NUMBER}) │ +{NUMBER} – {NUMBER} │ +0 │"
+        for name in ("hog", r"client \d")
     }
     [hog] = re.findall(lines["hog"], outcome.output)
     others = re.findall(lines[r"client \d"], outcome.output)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import frame
-from benchmarks.frame import Case, Figure, Report, Table, Target, alternate, machine, ratio
+from benchmarks.frame import Case, Figure, Report, Table, Target, alternate, commit, machine, ratio
 
 
 def _cases(seen: list[tuple[str, float]], *names: str, prompts: str | None = None) -> list[Case[float]]:
@@ -79,6 +81,60 @@ def test_who_saves_waits_for_an_idle_machine_and_not_for_ever(monkeypatch: pytes
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 40.0)
     monkeypatch.setattr(frame, "_PATIENCE_SECONDS", 0.0)
     frame.await_idle()
+
+
+@pytest.fixture
+def no_repository_above(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org", "-c", "commit.gpgsign=false")
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+@pytest.mark.usefixtures("no_repository_above")
+def test_the_commit_is_told_and_whether_the_code_differs_from_it(tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    code, saved = tmp_path / "code.py", results / "one.json"
+    code.write_text("1")
+    saved.write_text("1")
+    _git(tmp_path, "init")
+    assert commit(tmp_path) is None, "nothing is committed"
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "--message", "first")
+    head = _git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert commit(tmp_path) == head
+    saved.write_text("2")
+    assert commit(tmp_path) == head, "what an earlier benchmark saved is no change of the code"
+    code.write_text("2")
+    assert commit(tmp_path) == f"{head}-dirty"
+    _git(tmp_path, "add", ".")
+    assert commit(tmp_path) == f"{head}-dirty"
+
+
+@pytest.mark.usefixtures("no_repository_above")
+def test_where_there_is_no_checkout_or_no_git_there_is_no_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(tmp_path) is None
+
+
+@pytest.mark.parametrize("code", ["1f2e3d4-dirty", None])
+def test_the_machines_facts_say_of_which_commit_the_code_is(code: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "commit", lambda root: code if (root / "benchmarks" / "frame.py").is_file() else "wrong")
+    facts = machine()
+    assert facts.get("commit", None) == code
+    assert ("commit" in facts) == (code is not None)
+    out = io.StringIO()
+    Report("trial", "A trial", [], facts).print(Console(file=out, width=300))
+    assert ("commit 1f2e3d4-dirty" in out.getvalue()) == (code is not None)
 
 
 @pytest.mark.parametrize(

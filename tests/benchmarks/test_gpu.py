@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import frame, gpu
+from benchmarks.frame import Report
 from benchmarks.gpu_base import SHAPES, decode_bytes, prefill_operations, random_llama
 from benchmarks.gpu_engine import Bench
 from server.model import FrozenBase
@@ -62,8 +64,21 @@ def test_each_size_has_a_report_of_its_own_and_the_peers_come_last(monkeypatch: 
     monkeypatch.setitem(SHAPES, "other", SHAPES["tiny"])
     report = gpu.compare("other", torch.device("cpu"), 1)
     assert report.name == "gpu_other"
+    assert report.rounds == 1, "of which it warns"
     assert order == ["own", "peers"]
     assert any("pages of 16 tokens" in note for note in report.notes), "as the server has them"
+
+
+def test_what_is_saved_waits_for_an_idle_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(frame, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "prepare", lambda threads, *, is_saved: waits.append(is_saved))
+    monkeypatch.setattr(gpu, "compare", lambda size, *given: Report(f"gpu_{size}", size, [], {"busy": 0.0}))
+    for options in ([], ["--save"]):
+        assert CliRunner().invoke(gpu.app, options, catch_exceptions=False).exit_code == 0
+    assert waits == [False, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu_8b.json"]
 
 
 def test_a_step_reads_every_weight_once_and_the_keys_and_values_of_its_context() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,6 @@ from typer.testing import CliRunner
 from benchmarks import base, frame, http
 from benchmarks.__main__ import SUITE, command, measure
 from benchmarks.__main__ import app as suite
-from benchmarks.workload import CacheHitError, check_fresh
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,7 @@ def test_how_long_the_set_took_is_saved_if_all_of_it_ran(
     quick: bool, status: int, saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frame, "RESULTS", tmp_path)
+    monkeypatch.setattr(frame, "commit", lambda root: None)
     monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, status))
     assert measure(None, quick) == (list(SUITE) if status else [])
     assert [path.name for path in tmp_path.iterdir()] == (["suite.json"] if saved else [])
@@ -100,7 +101,30 @@ def test_a_folder_without_vllm_is_refused_before_anything_starts(
     assert re.search(message, outcome.output), outcome.output
 
 
-def test_prompts_that_come_from_a_cache_are_no_result() -> None:
-    check_fresh({"row": [0, 0]})
-    with pytest.raises(CacheHitError, match=r"other: 0 16$"):
-        check_fresh({"row": [0, 0], "other": [0, 16]})
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [([], "-m benchmarks"), (["VLLM=an env"], "-m benchmarks --vllm 'an env'"), (["VLLM="], "-m benchmarks")],
+)
+def test_make_bench_runs_the_set_and_passes_vllms_environment_on(given: list[str], command: str) -> None:
+    root = Path(__file__).parents[2]
+    shown = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "bench", *given],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.splitlines()[-1].strip().endswith(command)
+
+
+def _rates(medley: float, vllm: float) -> list[base.Rows]:
+    """Rounds in which both served 100 tokens."""
+    return [{base.MEDLEY: base.Measured(100 / medley, 0), base.VLLM: base.Measured(100 / vllm, 0)}] * 5
+
+
+@pytest.mark.parametrize(("medley", "verdict"), [(99.0, "not reached"), (102.0, "reached"), (106.0, "reached")])
+def test_base_must_be_as_fast_as_vllm_and_names_what_it_aims_at(medley: float, verdict: str) -> None:
+    [figure] = base.figures(_rates(medley, 100.0))
+    assert figure.name == "Medley over HTTP ÷ vLLM over HTTP, 1.05 is the aim"
+    assert figure.verdict == verdict

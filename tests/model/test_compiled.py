@@ -10,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from numba import types
 from numba.core.caching import CacheImpl
 
 from server.model import compiled
@@ -82,3 +83,16 @@ def test_without_a_folder_kernels_are_compiled_at_every_start_and_a_warning_says
     assert "NUMBA_CACHE_DIR" in caplog.text
     assert not _start(tmp_path).cache_hits
     assert not _start(tmp_path).cache_hits
+
+
+@pytest.mark.parametrize("decorate", [compiled.inlined, compiled.kernel(types.CPointer(types.int64))])
+def test_closures_are_refused_for_numba_would_keep_another_result_at_each_start(
+    decorate: Callable[[Any], Any],
+) -> None:
+    step = 1
+
+    def change(pointer: Any) -> None:
+        pointer[0] += step
+
+    with pytest.raises(AssertionError, match="change refers to a variable"):
+        decorate(change)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from server.model.heap import move_to_huge_pages
@@ -57,25 +56,29 @@ def test_what_is_used_lies_on_huge_pages_and_what_is_not_stays_untouched() -> No
     assert growth <= 8
 
 
-def test_a_process_that_may_not_look_at_its_memory_says_so_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    (tmp_path / "enabled").write_text("always [madvise] never")
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The system's, which may be written."""
     (tmp_path / "hpage_pmd_size").write_text(str(2**21))
     monkeypatch.setattr("server.model.heap._HUGE_PAGES", tmp_path)
+    return tmp_path / "enabled"
 
-    def refused(_: psutil.Process, grouped: bool) -> None:
-        raise psutil.AccessDenied
 
-    monkeypatch.setattr(psutil.Process, "memory_maps", refused)
+def test_a_process_that_may_not_look_at_its_memory_says_so_and_goes_on(
+    setting: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    setting.write_text("always [madvise] never")
+    monkeypatch.setattr("server.model.heap._REGIONS", tmp_path / "none")
     with caplog.at_level("INFO", "medley.memory"):
         move_to_huge_pages()
     assert "not moved" in caplog.text
 
 
-def test_where_the_setting_is_never_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "enabled").write_text("always madvise [never]")
-    (tmp_path / "hpage_pmd_size").write_text(str(2**21))
-    monkeypatch.setattr("server.model.heap._HUGE_PAGES", tmp_path)
-    monkeypatch.setattr(psutil.Process, "memory_maps", lambda *_, **__: pytest.fail("its memory was looked at"))
-    move_to_huge_pages()
+def test_where_the_setting_is_never_nothing_is_looked_at(
+    setting: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    setting.write_text("always madvise [never]")
+    monkeypatch.setattr("server.model.heap._REGIONS", tmp_path / "none")
+    with caplog.at_level("INFO", "medley.memory"):
+        move_to_huge_pages()
+    assert "not moved" not in caplog.text

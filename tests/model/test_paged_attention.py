@@ -90,8 +90,8 @@ def test_paged_attention_is_one_softmax_per_token_and_head(
     for seed in range(6):
         rng = random.Random(seed)
         torch.manual_seed(seed)
-        kv_heads, repeats, dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([4, 8])
-        page_size = rng.choice([1, 3, 4])
+        kv_heads, repeats, dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([4, 16, 72, 128])
+        page_size = rng.choice([1, 4, 7])
         heads = kv_heads * repeats
         cache = KVCache([LayerShape(kv_heads, dim)], 80, page_size, dtype=torch.float32, device=torch.device("cpu"))
         cache.layers[0][:, 1:] = torch.nan  # pages of others, and of nobody
