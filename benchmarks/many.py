@@ -179,7 +179,10 @@ def compare(base: FrozenBase, workload: Workload, registered: int, resident: int
         f"of {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens, median of {rounds} rounds"
     )
     columns = ("tasks", "tokens/s", f"÷ {FEW}", "distinct in a step", "loads", "ms each", "cached virtual / text")
-    caption = "medians of the rounds; loads and cached positions are those of one round, cached text the most of any"
+    caption = (
+        "medians of the rounds; loads, which wait for each other and for the steps, and cached positions are those of one "
+        "round, cached text the most of any"
+    )
     table = Table("Many tasks", columns, rows, caption)
     tables = [table, looked_up.table]
     return Report("many", title, [*figures, *looked_up.figures], facts, tables, rounds=rounds)

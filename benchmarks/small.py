@@ -6,8 +6,9 @@ divided by the cycles that its threads have counted for each of its operations. 
 little more than them: a program's product of a gated MLP makes the activation too, and each operation has the time in
 which its threads wait for each other. A part of what is outside of products is thus counted among them.
 
-Beside it: a step of one row, and the same step's matrix products alone in the fastest way that torch has. In the step
-they may be faster, for a program asks for the next product's weights while it multiplies.
+Beside attention: a plain sum of as many numbers as it reads of keys and values. Beside all of it: a step of one row,
+and the same step's matrix products alone in the fastest way that torch has. In the step they may be faster, for a
+program asks for the next product's weights while it multiplies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Annotated, Any
 from unittest import mock
 
 import numpy as np
+import torch
 import typer
+from torch import Tensor
 
 from benchmarks.bases import SIZES, random_base
 from benchmarks.frame import (
@@ -58,6 +61,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 OUTSIDE = Target(0.25, at_most=True)
 ONE_ROW = Target(0.85)
+_SUMS = 5  # of which the median counts
 _PARTS: dict[str, tuple[type, str]] = {  # what is timed, by what it is called here
     "scheduling": (Scheduler, "schedule"),
     "packing": (BatchBuilder, "build"),
@@ -72,10 +76,12 @@ _PRODUCTS = ("pack", "activated", "multiplied")  # of `server.model.products`: w
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one step: all of it, and of what is in it by name."""
+    """Seconds of one step: all of it, of what is in it by name, and of a plain sum of as many numbers as it reads keys
+    and values."""
 
     whole: float
     parts: dict[str, float]
+    plain_sum: float = 0.0
 
 
 @contextmanager
@@ -91,16 +97,27 @@ def decoding(engine: Engine, rows: int, workload: Workload, prompts: random.Rand
         engine.abort(name)
 
 
-def timed(engine: Engine, rows: int, workload: Workload, prompts: random.Random, spent: dict[str, float]) -> Parts:
-    """`workload.new_tokens` decode steps by the clock: means of the whole and of its parts."""
+def timed(
+    engine: Engine, rows: int, workload: Workload, numbers: Tensor, prompts: random.Random, spent: dict[str, float]
+) -> Parts:
+    """`workload.new_tokens` decode steps by the clock: means of the whole and of its parts. `numbers` are as many as
+    all streams have keys and values at their longest."""
     with decoding(engine, rows, workload, prompts):
         spent.clear()
-        seconds = []
+        seconds, shares, sums = [], [], []
         for _ in range(workload.new_tokens):
             started = time.perf_counter()
             step(engine)
             seconds.append(time.perf_counter() - started)
-        return Parts(mean(seconds), {part: each / len(seconds) for part, each in spent.items()})
+            positions = sum(sequence.num_tokens for sequence in engine.scheduler.running)
+            shares.append(positions / (workload.requests * engine.base.max_model_len))
+        parts = {part: each / len(seconds) for part, each in spent.items()}
+        read = numbers[: int(mean(shares) * len(numbers))]
+        for _ in range(_SUMS):
+            started = time.perf_counter()
+            read.sum()
+            sums.append(time.perf_counter() - started)
+        return Parts(mean(seconds), parts, median(sums))
 
 
 @contextmanager
@@ -162,10 +179,12 @@ def compare(base: FrozenBase, workload: Workload, rounds: int, spent: dict[str, 
     rows = workload.requests
     limit = Limit(workload.size, [Step(tokens=1, logits=1)])
     pages = rows * pages_for(base.max_model_len, engine_limits(0).page_size)
+    position = sum(2 * layer.kv_heads * layer.head_dim for layer in base.layers)
+    numbers = torch.ones(rows * base.max_model_len * position)
     with open_engine(base, engine_limits(pages)) as engine:
         cases = [
-            Case("steps", lambda prompts: timed(engine, rows, workload, prompts, spent)),
-            Case("steps of 1 row", lambda prompts: timed(engine, 1, workload, prompts, spent)),
+            Case("steps", lambda prompts: timed(engine, rows, workload, numbers, prompts, spent)),
+            Case("steps of 1 row", lambda prompts: timed(engine, 1, workload, numbers, prompts, spent)),
             Case("products of 1 row", lambda _: Parts(limit.measure().linear, {})),
         ]
         measured = alternate(cases, rounds)
@@ -179,6 +198,7 @@ def _report(
     whole = [each.whole for each in steps]
     multiplied = [each.parts["products"] for each in steps]
     attention = [each.parts["attention"] for each in steps]
+    sums = [each.plain_sum for each in steps]
     outside = [all_ - product - attend for all_, product, attend in zip(whole, multiplied, attention, strict=True)]
     forward = [each.parts["forward"] for each in steps]
     between = [run - product - attend for run, product, attend in zip(forward, multiplied, attention, strict=True)]
@@ -188,6 +208,7 @@ def _report(
         "the rest of the forward pass": between,
         **{part: [each.parts[part] for each in steps] for part in ("scheduling", "packing", "sampling")},
         "the whole step": whole,
+        "a plain sum of as many keys and values": sums,
     }
     table = Table(
         f"A decode step of {workload.requests} rows",
@@ -214,6 +235,7 @@ def _report(
         Figure(
             f"outside products and attention, {workload.requests} rows", ratio(outside, whole), "of a step", OUTSIDE
         ),
+        Figure("a plain sum of as many keys and values ÷ attention", ratio(sums, attention)),
         Figure("1 row: products alone ÷ step", ratio(alone, one), target=ONE_ROW),
     ]
     title = (
