@@ -180,8 +180,8 @@ def compare(base: FrozenBase, workload: Workload, registered: int, resident: int
     )
     columns = ("tasks", "tokens/s", f"÷ {FEW}", "distinct in a step", "loads", "ms each", "cached virtual / text")
     caption = (
-        "medians of the rounds; loads, which wait for each other and for the steps, and cached positions are those of one "
-        "round, cached text the most of any"
+        "medians of the rounds; loads, which wait for each other and for the steps, and cached positions are those of "
+        "one round, cached text the most of any"
     )
     table = Table("Many tasks", columns, rows, caption)
     tables = [table, looked_up.table]

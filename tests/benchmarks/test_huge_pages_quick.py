@@ -1,5 +1,5 @@
-"""The benchmark of huge pages' smoke test: both kinds are measured and compared; here in this process, for the libraries
-take longer to load than all the rest."""
+"""The benchmark of huge pages' smoke test: both kinds are measured and compared. Here in this process, for the
+libraries take longer to load than all the rest."""
 
 from __future__ import annotations
 
