@@ -129,7 +129,6 @@ def start(workload: Workload, vllm: Path | None, stack: ExitStack) -> Systems:
     server = stack.enter_context(medley_server(base, *_KV_OPTION))
     upload(server, loras)
     served = served_medley(server, workload.new_tokens)
-    server.pause()
     servers = {MEDLEY: served}
     if vllm is not None:
         servers[VLLM] = _served_vllm(vllm, base, workload, [], stack)

@@ -216,7 +216,6 @@ def measure(
             memory = (medley.kv_bytes + _ROUNDING) / GIB  # the same: both go round as many pages
             server = stack.enter_context(medley_server(base, "--kv-cache-memory", f"{memory:.9f}"))
             served = served_medley(server, workload.new_tokens)
-            server.pause()
             measured = alternate(list(cases(workload, medley, served)), rounds)
             check_fresh({row: [each.cached for each in measures] for row, measures in measured.items()})
             share = idle_share(server, idle)

@@ -30,6 +30,8 @@ from server.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+_AT_REST = 0.3  # of a core
 _UPLOAD_SECONDS = 120.0
 _MEDLEY = Path(sys.executable).with_name("medley")
 _READY = "Medley is ready at "
@@ -90,6 +92,15 @@ class ServerProcess:
     def cpu_seconds(self) -> float:
         """Processor time of all of them so far."""
         return sum(times.user + times.system for times in (process.cpu_times() for process in self.family()))
+
+    def settle(self) -> None:
+        """Wait until they do next to nothing: what can wait until nobody asks for anything is done."""
+        busy = 1.0
+        while busy > _AT_REST:
+            self.check_alive()
+            used = self.cpu_seconds()
+            time.sleep(_LOOK_SECONDS)
+            busy = (self.cpu_seconds() - used) / _LOOK_SECONDS
 
     def pause(self) -> None:
         """Stop all of them until `resume`."""
@@ -183,6 +194,8 @@ class Served:
 
 
 def served_medley(server: ServerProcess, new_tokens: int) -> Served:
-    """Medley's server, which calls its base as it likes."""
+    """Medley's server, which calls its base as it likes; stopped once it has nothing more to do."""
     models = httpx.get(f"{server.url}/v1/models", timeout=_UPLOAD_SECONDS).json()["data"]
+    server.settle()
+    server.pause()
     return Served(server, models[0]["id"], new_tokens)
