@@ -31,7 +31,7 @@ from server.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
-_AT_REST = 0.3  # of a core
+_AT_REST, _LOOKS_AT_REST = 0.3, 2  # of a core
 _UPLOAD_SECONDS = 120.0
 _MEDLEY = Path(sys.executable).with_name("medley")
 _READY = "Medley is ready at "
@@ -95,12 +95,13 @@ class ServerProcess:
 
     def settle(self) -> None:
         """Wait until they do next to nothing: what can wait until nobody asks for anything is done."""
-        busy = 1.0
-        while busy > _AT_REST:
+        looks_at_rest = 0  # in a row
+        while looks_at_rest < _LOOKS_AT_REST:
             self.check_alive()
             used = self.cpu_seconds()
             time.sleep(_LOOK_SECONDS)
-            busy = (self.cpu_seconds() - used) / _LOOK_SECONDS
+            is_at_rest = self.cpu_seconds() - used < _AT_REST * _LOOK_SECONDS
+            looks_at_rest = looks_at_rest + 1 if is_at_rest else 0
 
     def pause(self) -> None:
         """Stop all of them until `resume`."""

@@ -6,9 +6,9 @@ divided by the cycles that its threads have counted for each of its operations. 
 little more than them: a program's product of a gated MLP makes the activation too, and each operation has the time in
 which its threads wait for each other. A part of what is outside of products is thus counted among them.
 
-Beside attention: a plain sum of as many numbers as it reads of keys and values. Beside all of it: a step of one row,
-and the same step's matrix products alone in the fastest way that torch has. In the step they may be faster, for a
-program asks for the next product's weights while it multiplies.
+Beside attention: a plain sum of as many numbers as it reads of keys and values, which lie side by side. Beside all of
+it: a step of one row, and the same step's matrix products alone in the fastest way that torch has. In the step they may
+be faster, for a program asks for the next product's weights while it multiplies.
 """
 
 from __future__ import annotations
@@ -208,12 +208,14 @@ def _report(
         "the rest of the forward pass": between,
         **{part: [each.parts[part] for each in steps] for part in ("scheduling", "packing", "sampling")},
         "the whole step": whole,
-        "a plain sum of as many keys and values": sums,
     }
     table = Table(
         f"A decode step of {workload.requests} rows",
         ("part", "ms", "share"),
-        [(part, f"{1e3 * median(values):.3f}", f"{ratio(values, whole):.3f}") for part, values in parts.items()],
+        [
+            *[(part, f"{1e3 * median(values):.3f}", f"{ratio(values, whole):.3f}") for part, values in parts.items()],
+            ("a plain sum of as many keys and values", f"{1e3 * median(sums):.3f}", "–"),
+        ],
     )
     one = [each.whole for each in measured["steps of 1 row"]]
     names = {"programs": "programs", "products": f"products, {_AND_MORE}", "attention": "attention, waits included"}

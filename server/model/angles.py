@@ -20,7 +20,7 @@ _CHUNK = 256  # positions that are computed at once
 class AngleTable:
     """Cosines and sines of a base's positions.
 
-    Of memory it takes what the positions asked for need: beside their keys and values a few thousandths.
+    Of memory it takes what the positions asked for need, little beside their keys and values.
     """
 
     def __init__(self, call: ModuleCall, max_model_len: int) -> None:
@@ -34,9 +34,8 @@ class AngleTable:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Of positions `[tokens]` cosines and sines, `[1, tokens, width]` each."""
         chunks = positions.numpy() // _CHUNK
-        if not self._is_known[chunks].all():
-            for chunk in np.unique(chunks):
-                self._compute(int(chunk))
+        for chunk in np.unique(chunks[~self._is_known[chunks]]):
+            self._compute(int(chunk))
         return self._cos.index_select(0, positions)[None], self._sin.index_select(0, positions)[None]
 
     def _compute(self, chunk: int) -> None:

@@ -31,12 +31,10 @@ _FIELDS = (
     "barrier",  # address of the function in which all threads wait for each other
     "rows",
     "shares",  # of a row's KV heads
-    "num_tokens",
     "heads",
     "kv_heads",
     "head_dim",
     "page_size",
-    "num_pages",
     "table_width",
     "window",  # 0: none
     "query",
@@ -53,6 +51,7 @@ ATTENTION = np.dtype([(name, np.int64) for name in _FIELDS] + [("scaling", np.fl
 """What one layer's attention is told. A softcap of 0 is none."""
 Arguments = dict[str, Any]  # of such a record, by name: numbers
 _WRITTEN = 8 * _FIELDS.index("written")  # bytes from the record's beginning
+_NOTHING = np.float32(-80)  # its exponential is nothing beside 1
 _MANY_ROWS = 16  # from here on whole rows keep all threads busy to the end
 _CALL_POINTER = types.CPointer(numba.from_dtype(ATTENTION))
 
@@ -67,7 +66,8 @@ def _softmax(scores: Any, scaling: Any, softcap: Any, sink: Any) -> None:
         largest = max(largest, scores[at])
     total = exponential(sink - largest)
     for at in range(len(scores)):
-        scores[at] = exponential(scores[at] - largest)
+        below = scores[at] - largest
+        scores[at] = np.float32(0) if below < _NOTHING else exponential(below)  # products with less are slow: denormal
         total += scores[at]
     scores *= np.float32(1) / total
 
@@ -147,14 +147,11 @@ def _write_and_attend(pointer: Any) -> None:
 _NOBODY = DecodeGroup(0, 0, torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long))
 
 
-def layer_fields(
-    query: Tensor, keys: Tensor, values: Tensor, output: Tensor, options: AttentionOptions, num_tokens: int
-) -> Arguments:
-    """What a layer gives and wants: contiguous tensors `[at least num_tokens, heads or kv_heads, head_dim]`, of which
-    `keys` and `values` are to be written."""
+def layer_fields(query: Tensor, keys: Tensor, values: Tensor, output: Tensor, options: AttentionOptions) -> Arguments:
+    """What a layer gives and wants: contiguous tensors `[tokens or more, heads or kv_heads, head_dim]`, of which `keys`
+    and `values` are to be written."""
     _, heads, head_dim = query.shape
     return {
-        "num_tokens": num_tokens,
         "heads": heads,
         "kv_heads": keys.shape[1],
         "head_dim": head_dim,
@@ -174,7 +171,6 @@ def page_fields(pages: Tensor) -> Arguments:
     keys, values = pages.unbind()
     page_size = pages.shape[2]
     return {
-        "num_pages": len(keys),
         "page_size": page_size,
         "keys": keys.data_ptr(),
         "values": values.data_ptr(),
@@ -225,7 +221,7 @@ class DecodeKernel:
         """
         query = query.contiguous()
         new_keys, new_values = (each.contiguous() for each in plan.written(key, value))
-        fields = layer_fields(query, new_keys, new_values, output, options, len(query)) | page_fields(pages)
+        fields = layer_fields(query, new_keys, new_values, output, options) | page_fields(pages)
         fields["barrier"] = self._threads.barrier
         call = self._call
         for index, group in enumerate(plan.decode or [_NOBODY]):

@@ -206,8 +206,8 @@ def _splat(b: ir.IRBuilder, number: Any) -> Any:
 
 
 def _multiply_add(b: ir.IRBuilder, left: Any, right: Any, sums: Any) -> Any:
-    """left · right + sums, rounded once."""
+    """left · right + sums, rounded once where the processor can: elsewhere that would be a call for each number."""
     kind = sums.type
-    name = "llvm.fma.f32" if isinstance(kind, ir.FloatType) else f"llvm.fma.v{_LANES}f32"
+    name = "llvm.fmuladd.f32" if isinstance(kind, ir.FloatType) else f"llvm.fmuladd.v{_LANES}f32"
     function = get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name)
     return b.call(function, [left, right, sums])

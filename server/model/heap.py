@@ -22,7 +22,8 @@ _COLLAPSE = 25  # <linux/mman.h>: MADV_COLLAPSE, which the standard library's `m
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # absent where the system has none
 _LARGEST_PIECE = 32 * 1024**2  # where pages are of 64 kB huge ones are of 512 MiB: too much to fill for a half
 _REGIONS = Path("/proc/self/maps")  # `smaps`, which more read, takes longer the more memory there is
-_OWN = ("[heap]", "[anon")  # or no name at all
+_OWN = (b"[heap]", b"[anon")  # or no name at all
+_MOST_FAILURES = 3
 _PAGEMAP = Path("/proc/self/pagemap")  # for each page 8 bytes, whose highest bit says that it is there
 _ENTRY_BYTES, _PRESENT = 8, np.uint64(63)
 
@@ -45,8 +46,9 @@ def move_to_huge_pages() -> None:
 
 
 def moves_to_huge_pages() -> Iterator[None]:
-    """Copy what this process has written so far, a base's weights above all, onto huge pages, one with each element;
-    addresses stay. A page takes some 7 ms, in which other threads wait for what they ask of it, or for new memory.
+    """Copy what this process has written, a base's weights above all, onto huge pages; addresses stay. With each
+    element one piece of memory is looked at, and moved if need be: that takes some 7 ms, in which other threads wait
+    for what they ask of it, or for new memory.
 
     A base takes some hundred thousand of the usual 4 kB pages, scattered over whatever a system that has run for long
     had free, which makes the same steps slow in one process and fast in another. Pieces of which less than half has
@@ -66,7 +68,7 @@ def moves_to_huge_pages() -> Iterator[None]:
 
 
 def _moves() -> Iterator[int]:
-    """Bytes that lie on huge pages now, of what was touched, one page after the other."""
+    """Of one piece after the other the bytes that lie on a huge page now and were touched."""
     if not _HUGE_PAGES.exists() or "[never]" in (_HUGE_PAGES / "enabled").read_text():
         return
     size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
@@ -74,23 +76,27 @@ def _moves() -> Iterator[int]:
         return
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    failures = 0  # in a row
     with _PAGEMAP.open("rb", buffering=0) as pagemap:
         for piece in _pieces(size):
             # a region may hold weights and an untouched cache side by side, so each piece of it is looked at
             if _touched(pagemap, piece, size) < 0.5:
+                yield 0
                 continue
-            if madvise(piece, size, _COLLAPSE) == 0:
-                yield size
-            elif ctypes.get_errno() == errno.ENOMEM:
-                return  # to go on would take from others, page by page, what they have in the way
+            is_moved = madvise(piece, size, _COLLAPSE) == 0
+            # out of memory, where to go on would take from others what they have in the way; or no longer there
+            failures = failures + 1 if not is_moved and ctypes.get_errno() == errno.ENOMEM else 0
+            if failures == _MOST_FAILURES:
+                return
+            yield size if is_moved else 0
 
 
 def _pieces(size: int) -> Iterator[int]:
     """The addresses of whole pieces of this size in the process's own memory."""
-    for region in _REGIONS.read_text().splitlines():
+    for region in filter(None, _REGIONS.read_bytes().split(b"\n")):  # names of files may hold any other byte
         addresses, permissions, _, _, _, *name = region.split(maxsplit=5)
-        if permissions == "rw-p" and (not name or name[0].startswith(_OWN)):
-            start, stop = (int(address, 16) for address in addresses.split("-"))
+        if permissions == b"rw-p" and (not name or name[0].startswith(_OWN)):
+            start, stop = (int(address, 16) for address in addresses.split(b"-"))
             yield from range(-(-start // size) * size, stop // size * size, size)
 
 

@@ -104,7 +104,7 @@ class StackOperations:
         """What the operations that attend are told, layer by layer; of a step's rows the stack tells them."""
         for record, form in zip(self.attention, forms, strict=True):
             query, keys, values, attended = (self.heads(name, form) for name in ("q", "k", "v", "attended"))
-            for name, number in layer_fields(query, keys, values, attended, form.options, 0).items():
+            for name, number in layer_fields(query, keys, values, attended, form.options).items():
                 record[name] = number
         self.set_tail(None)
 

@@ -80,7 +80,7 @@ class LayerStack:
         self._begin(stack, hidden, cos, sin)
         tokens = hidden.shape[1]
         if index == 0 and self._is_chain and None not in stack.parts and only_decodes(attention):
-            self._set_rows(stack, attention, tokens)
+            self._set_rows(stack, attention)
             stack.program.run(0, stack.tail)
             outputs = self._hidden[None, :tokens].clone()
             self._result = outputs if len(self._forms) > 1 else None
@@ -107,7 +107,7 @@ class LayerStack:
         stack = self.program(plan)
         self._begin(stack, hidden, cos, sin)
         tokens = hidden.shape[1]
-        self._set_rows(stack, attention, tokens)
+        self._set_rows(stack, attention)
         logits = torch.empty(tokens, widths(tail.product)[1], dtype=torch.float32)
         stack.program.set_outputs(-1, logits)
         stack.program.run()
@@ -121,7 +121,7 @@ class LayerStack:
         self._angles = cos, sin = cos.contiguous(), sin.contiguous()
         records["cos"], records["sin"] = cos.data_ptr(), sin.data_ptr()
 
-    def _set_rows(self, stack: StackProgram, attention: PagedAttention, tokens: int) -> None:
+    def _set_rows(self, stack: StackProgram, attention: PagedAttention) -> None:
         """Tell the operations that attend what the step's rows are."""
         records = self._operations.attention
         if self._cache() is not attention.cache:
@@ -130,7 +130,6 @@ class LayerStack:
                 for name, number in page_fields(attention.cache.layers[form.layer]).items():
                     record[name] = number
         (group,) = attention.plan.decode
-        records["num_tokens"] = tokens
         fields, self._kept = row_fields(attention.plan, group, records["kv_heads"])
         for name, numbers in fields.items():
             records[name] = numbers

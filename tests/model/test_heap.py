@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.model.heap import move_to_huge_pages
+from server.model.heap import move_to_huge_pages, moves_to_huge_pages
 
 # One mapping, so that the kernel sees one region: little of it is used, and that part must move all the same.
 _PROGRAM = """
@@ -72,6 +72,25 @@ def test_a_process_that_may_not_look_at_its_memory_says_so_and_goes_on(
     with caplog.at_level("INFO", "medley.memory"):
         move_to_huge_pages()
     assert "not moved" in caplog.text
+
+
+def test_names_of_mapped_files_may_hold_any_byte(
+    setting: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    setting.write_text("always [madvise] never")
+    regions = tmp_path / "maps"
+    regions.write_bytes(b"7f0000000000-7f0000001000 r--p 00000000 00:1b 7 /x/\xe9\x0c\x1c \xc2\x85\n")
+    monkeypatch.setattr("server.model.heap._REGIONS", regions)
+    with caplog.at_level("DEBUG", "medley.memory"):
+        move_to_huge_pages()
+    assert "memory on huge pages: 0 MiB" in caplog.text
+
+
+def test_what_cannot_be_moved_is_passed_in_pieces_too(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting.write_text("always [madvise] never")
+    monkeypatch.setattr("server.model.heap._pieces", lambda size: iter(range(0, 10 * size, size)))
+    monkeypatch.setattr("server.model.heap._touched", lambda pagemap, piece, size: float(piece >= 5 * size))
+    assert len(list(moves_to_huge_pages())) == 5 + 2, "the untouched ones; of pieces at no address three in a row"
 
 
 def test_where_the_setting_is_never_nothing_is_looked_at(
