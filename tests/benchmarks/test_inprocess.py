@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.adapters import LORA, write_adapters, write_variants
@@ -79,10 +80,11 @@ def test_clocks_are_taken_off_again_and_parts_fit_into_the_step() -> None:
     with clocks() as spent:
         base = FrozenBase(random_base(WORKLOAD.size, 64))
         with open_engine(base, engine_limits(32)) as engine:
-            parts = timed(engine, 5, WORKLOAD, random.Random(0), spent)
+            parts = timed(engine, 5, WORKLOAD, torch.ones(1000), random.Random(0), spent)
     assert (Runner.run, PagedAttention.attend, products.pack, Program.run) == own
     assert parts.parts["attention"] > 0
     assert parts.parts["products"] > 0
+    assert parts.plain_sum > 0
     assert parts.parts["attention"] + parts.parts["products"] < parts.parts["forward"] < parts.whole
 
 
