@@ -127,8 +127,9 @@ def test_publishes_of_one_task_at_once_at_different_servers_are_all_kept_numbere
 
 def test_the_same_upload_at_every_server_at_once_is_one_version(cluster: Cluster, prompts: Adapters) -> None:
     clients = cluster.clients()
+    folder = prompts[1]  # written when it is asked for, by one thread
     with ThreadPoolExecutor(len(clients)) as pool:
-        answers = list(pool.map(lambda client: client.publish("repeated", prompts[1]), clients))
+        answers = list(pool.map(lambda client: client.publish("repeated", folder), clients))
     assert sorted(answer.status_code for answer in answers) == [200, 200, 201]
     assert [answer.json()["version"] for answer in answers] == [1, 1, 1]
     assert len(clients[0].http.get("/v1/tasks/repeated").json()["versions"]) == 1
