@@ -52,6 +52,7 @@ _FILES = (
     "layer_kernels.py",
     "program_kernels.py",
     "tiles.py",
+    "vectors.py",
 )
 _SOURCES = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _FILES)).hexdigest()[:16]
 

@@ -20,13 +20,10 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.model.compiled import prefetched
+from server.model.vectors import FLOAT, INT, LANES, NUMBER_BYTES, VECTOR, load, multiply_add, splat, store
 
-_LANES = 16  # numbers of a cache line, and of AVX-512's registers; LLVM divides them where registers are narrower
 _TOKENS = 4  # whose scores are summed at once
 _VECTORS = 4  # of an output, that are summed at once
-_BYTES = 4  # of a number
-_FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -74,7 +71,7 @@ def _function(module: ir.Module, name: str, arguments: Sequence[Any], write: Cal
     """The module's function of this name, written by `write`."""
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * len(arguments)), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT] * len(arguments)), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
@@ -86,42 +83,42 @@ def _function(module: ir.Module, name: str, arguments: Sequence[Any], write: Cal
 def _score_tokens(
     b: ir.IRBuilder, query: Any, keys: Any, stride: Any, tokens: Any, width: Any, scores: Any, ahead: Any
 ) -> None:
-    whole = b.and_(width, _INT(-_LANES))
-    reduced = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
-    reduce = get_or_insert_function(b.module, reduced, f"llvm.vector.reduce.fadd.v{_LANES}f32")
+    whole = b.and_(width, INT(-LANES))
+    reduced = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
+    reduce = get_or_insert_function(b.module, reduced, f"llvm.vector.reduce.fadd.v{LANES}f32")
 
     def score(count: int) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
         """So many tokens from the given one on."""
 
         def body(first: Any, _: Sequence[Any]) -> Sequence[Any]:
-            offsets = [b.mul(b.add(first, _INT(each)), stride) for each in range(count)]
+            offsets = [b.mul(b.add(first, INT(each)), stride) for each in range(count)]
             rows = [b.add(keys, offset) for offset in offsets]
             coming = [b.add(ahead, offset) for offset in offsets]
 
             def products(kind: Any) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
                 def multiply(at: Any, sums: Sequence[Any]) -> Sequence[Any]:
-                    number = _load(b, query, at, kind)
-                    if kind is _VECTOR:
+                    number = load(b, _place(b, query, at), kind)
+                    if kind is VECTOR:
                         for line in coming:
-                            prefetched(b, b.add(line, b.mul(at, _INT(_BYTES))))
+                            prefetched(b, _place(b, line, at))
                     return [
-                        _multiply_add(b, number, _load(b, row, at, kind), total)
+                        multiply_add(b, number, load(b, _place(b, row, at), kind), total)
                         for row, total in zip(rows, sums, strict=True)
                     ]
 
                 return multiply
 
-            zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * count
-            sums = _loop(b, _INT(0), whole, _LANES, zeros, products(_VECTOR))
-            totals = [b.call(reduce, [_FLOAT(0.0), each], fastmath=("reassoc",)) for each in sums]
-            for each, total in enumerate(_loop(b, whole, width, 1, totals, products(_FLOAT))):
-                b.store(total, _pointer(b, scores, b.add(first, _INT(each)), _FLOAT), align=_BYTES)
+            zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * count
+            sums = _loop(b, INT(0), whole, LANES, zeros, products(VECTOR))
+            totals = [b.call(reduce, [FLOAT(0.0), each], fastmath=("reassoc",)) for each in sums]
+            for each, total in enumerate(_loop(b, whole, width, 1, totals, products(FLOAT))):
+                store(b, total, _place(b, scores, b.add(first, INT(each))))
             return []
 
         return body
 
-    many = b.and_(tokens, _INT(-_TOKENS))
-    _loop(b, _INT(0), many, _TOKENS, [], score(_TOKENS))
+    many = b.and_(tokens, INT(-_TOKENS))
+    _loop(b, INT(0), many, _TOKENS, [], score(_TOKENS))
     _loop(b, many, tokens, 1, [], score(1))
 
 
@@ -130,35 +127,35 @@ def _add_tokens(
 ) -> None:
     def add(count: int, kind: Any) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
         """So many vectors, or numbers, of the output from the given place on."""
-        places = range(0, count * _LANES, _LANES)
+        places = range(0, count * LANES, LANES)
 
         def body(first: Any, _: Sequence[Any]) -> Sequence[Any]:
-            at = [b.add(first, _INT(place)) for place in places]
+            at = [b.add(first, INT(place)) for place in places]
 
             def products(token: Any, sums: Sequence[Any]) -> Sequence[Any]:
-                weight = _load(b, weights, token, _FLOAT)
-                factor = _splat(b, weight) if kind is _VECTOR else weight
+                weight = load(b, _place(b, weights, token), FLOAT)
+                factor = splat(b, weight) if kind is VECTOR else weight
                 offset = b.mul(token, stride)
                 row, coming = b.add(values, offset), b.add(ahead, offset)
-                if kind is _VECTOR:
+                if kind is VECTOR:
                     for place in at:
-                        prefetched(b, b.add(coming, b.mul(place, _INT(_BYTES))))
+                        prefetched(b, _place(b, coming, place))
                 return [
-                    _multiply_add(b, factor, _load(b, row, place, kind), total)
+                    multiply_add(b, factor, load(b, _place(b, row, place), kind), total)
                     for place, total in zip(at, sums, strict=True)
                 ]
 
-            before = [_load(b, output, place, kind) for place in at]
-            for place, total in zip(at, _loop(b, _INT(0), tokens, 1, before, products), strict=True):
-                b.store(total, _pointer(b, output, place, kind), align=_BYTES)
+            before = [load(b, _place(b, output, place), kind) for place in at]
+            for place, total in zip(at, _loop(b, INT(0), tokens, 1, before, products), strict=True):
+                store(b, total, _place(b, output, place))
             return []
 
         return body
 
-    many, whole = b.and_(width, _INT(-_LANES * _VECTORS)), b.and_(width, _INT(-_LANES))
-    _loop(b, _INT(0), many, _LANES * _VECTORS, [], add(_VECTORS, _VECTOR))
-    _loop(b, many, whole, _LANES, [], add(1, _VECTOR))
-    _loop(b, whole, width, 1, [], add(1, _FLOAT))
+    many, whole = b.and_(width, INT(-LANES * _VECTORS)), b.and_(width, INT(-LANES))
+    _loop(b, INT(0), many, LANES * _VECTORS, [], add(_VECTORS, VECTOR))
+    _loop(b, many, whole, LANES, [], add(1, VECTOR))
+    _loop(b, whole, width, 1, [], add(1, FLOAT))
 
 
 def _loop(
@@ -176,7 +173,7 @@ def _loop(
     b.position_at_end(loop)
     at, *carried = (b.phi(value.type) for value in (start, *initial))
     made = body(at, carried)
-    following = b.add(at, _INT(step))
+    following = b.add(at, INT(step))
     end = b.block
     b.cbranch(b.icmp_signed("<", following, stop), loop, done)
     for phi, first, last in zip((at, *carried), (start, *initial), (following, *made), strict=True):
@@ -190,24 +187,6 @@ def _loop(
     return results
 
 
-def _pointer(b: ir.IRBuilder, address: Any, at: Any, kind: Any) -> Any:
-    return b.inttoptr(b.add(address, b.mul(at, _INT(_BYTES))), kind.as_pointer())
-
-
-def _load(b: ir.IRBuilder, address: Any, at: Any, kind: Any) -> Any:
-    return b.load(_pointer(b, address, at, kind), align=_BYTES)
-
-
-def _splat(b: ir.IRBuilder, number: Any) -> Any:
-    """A number in all lanes."""
-    nothing = ir.Constant(_VECTOR, ir.Undefined)
-    lane = b.insert_element(nothing, number, _INDEX(0))
-    return b.shuffle_vector(lane, nothing, ir.Constant(ir.VectorType(_INDEX, _LANES), [0] * _LANES))
-
-
-def _multiply_add(b: ir.IRBuilder, left: Any, right: Any, sums: Any) -> Any:
-    """left · right + sums, rounded once where the processor can: elsewhere that would be a call for each number."""
-    kind = sums.type
-    name = "llvm.fmuladd.f32" if isinstance(kind, ir.FloatType) else f"llvm.fmuladd.v{_LANES}f32"
-    function = get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name)
-    return b.call(function, [left, right, sums])
+def _place(b: ir.IRBuilder, address: Any, at: Any) -> Any:
+    """The address of a number of several."""
+    return b.add(address, b.mul(at, INT(NUMBER_BYTES)))

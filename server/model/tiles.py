@@ -16,10 +16,10 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from server.model.compiled import prefetched
+from server.model.vectors import FLOAT, INT, LANES, NUMBER_BYTES, VECTOR, load, multiply_add, splat, store
 
 BLOCK = 64  # outputs whose weights lie side by side: [inputs, BLOCK], as oneDNN packs them
 UNROLLED = 4  # inputs are taken so many at a time
@@ -29,10 +29,8 @@ TILE_TOKENS = 6 if HAS_WIDE_REGISTERS else 1
 LINES = (0, 2, 4, 8, 16)
 """How many cache lines a tile may ask for with each `UNROLLED` inputs. Of a block of weights these are 16."""
 
-_LANES = 16  # numbers of a register, or of a cache line
-_VECTORS = BLOCK // _LANES
-_FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
+_VECTORS = BLOCK // LANES
+_LINE = NUMBER_BYTES * LANES  # bytes of a vector
 _ARGUMENTS = ("inputs", "input_stride", "weight", "count", "outputs", "output_stride", "ahead")
 
 
@@ -56,11 +54,11 @@ def multiply_tile(
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         given_tokens, given_lines, *others = arguments
         done = builder.append_basic_block("done")
-        choice = builder.switch(builder.add(builder.mul(given_tokens, _INT(LINES[-1] + 1)), given_lines), done)
+        choice = builder.switch(builder.add(builder.mul(given_tokens, INT(LINES[-1] + 1)), given_lines), done)
         for number in range(1, TILE_TOKENS + 1):
             for asked in LINES:
                 block = builder.append_basic_block(f"tile {number} {asked}")
-                choice.add_case(_INT(number * (LINES[-1] + 1) + asked), block)
+                choice.add_case(INT(number * (LINES[-1] + 1) + asked), block)
                 with builder.goto_block(block):
                     builder.call(_tile(builder.module, number, asked), others)
                     builder.branch(done)
@@ -75,36 +73,36 @@ def _tile(module: ir.Module, tokens: int, lines: int) -> ir.Function:
     name = f"medley_tile_{tokens}_{lines}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * len(_ARGUMENTS)), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT] * len(_ARGUMENTS)), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     inputs, input_stride, weight, count, outputs, output_stride, ahead = function.args
     entry, loop, end = (function.append_basic_block(label) for label in ("entry", "loop", "end"))
 
     builder = ir.IRBuilder(entry)
-    rows = [builder.add(outputs, builder.mul(output_stride, _INT(token))) for token in range(tokens)]
-    before = [_load(builder, row, 4 * _LANES * at, _VECTOR) for row in rows for at in range(_VECTORS)]
-    columns = [builder.add(inputs, builder.mul(input_stride, _INT(token))) for token in range(tokens)]
+    rows = [builder.add(outputs, builder.mul(output_stride, INT(token))) for token in range(tokens)]
+    before = [load(builder, builder.add(row, INT(_LINE * at)), VECTOR) for row in rows for at in range(_VECTORS)]
+    columns = [builder.add(inputs, builder.mul(input_stride, INT(token))) for token in range(tokens)]
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    at = builder.phi(_INT)
-    at.add_incoming(_INT(0), entry)
-    carried = [builder.phi(_VECTOR) for _ in before]
+    at = builder.phi(INT)
+    at.add_incoming(INT(0), entry)
+    carried = [builder.phi(VECTOR) for _ in before]
     sums: list[Any] = list(carried)
     for step in range(UNROLLED):
-        place = builder.add(weight, builder.mul(builder.add(at, _INT(step)), _INT(4 * BLOCK)))
-        weights = [_load(builder, place, 4 * _LANES * each, _VECTOR) for each in range(_VECTORS)]
+        place = builder.add(weight, builder.mul(builder.add(at, INT(step)), INT(NUMBER_BYTES * BLOCK)))
+        weights = [load(builder, builder.add(place, INT(_LINE * each)), VECTOR) for each in range(_VECTORS)]
         for token, column in enumerate(columns):
-            number = _load(builder, builder.add(column, builder.mul(at, _INT(4))), 4 * step, _FLOAT)
-            splat = _splat(builder, number)
+            offset = builder.mul(builder.add(at, INT(step)), INT(NUMBER_BYTES))
+            factor = splat(builder, load(builder, builder.add(column, offset), FLOAT))
             for each in range(_VECTORS):
                 place_of_sum = token * _VECTORS + each
-                sums[place_of_sum] = _multiply_add(builder, splat, weights[each], sums[place_of_sum])
+                sums[place_of_sum] = multiply_add(builder, factor, weights[each], sums[place_of_sum])
         for line in range(step * lines // UNROLLED, (step + 1) * lines // UNROLLED):
-            passed = builder.mul(at, _INT(4 * _LANES * lines // UNROLLED))
-            prefetched(builder, builder.add(builder.add(ahead, passed), _INT(4 * _LANES * line)))
-    following = builder.add(at, _INT(UNROLLED))
+            passed = builder.mul(at, INT(_LINE * lines // UNROLLED))
+            prefetched(builder, builder.add(builder.add(ahead, passed), INT(_LINE * line)))
+    following = builder.add(at, INT(UNROLLED))
     at.add_incoming(following, loop)
     for phi, first, last in zip(carried, before, sums, strict=True):
         phi.add_incoming(first, entry)
@@ -114,28 +112,6 @@ def _tile(module: ir.Module, tokens: int, lines: int) -> ir.Function:
     builder.position_at_end(end)
     for token, row in enumerate(rows):
         for each in range(_VECTORS):
-            pointer = _pointer(builder, row, 4 * _LANES * each, _VECTOR)
-            builder.store(sums[token * _VECTORS + each], pointer, align=4)
+            store(builder, sums[token * _VECTORS + each], builder.add(row, INT(_LINE * each)))
     builder.ret_void()
     return function
-
-
-def _pointer(builder: ir.IRBuilder, address: Any, offset: int, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, _INT(offset)), kind.as_pointer())
-
-
-def _load(builder: ir.IRBuilder, address: Any, offset: int, kind: Any) -> Any:
-    return builder.load(_pointer(builder, address, offset, kind), align=4)
-
-
-def _splat(builder: ir.IRBuilder, number: Any) -> Any:
-    """A number in all lanes."""
-    nothing = ir.Constant(_VECTOR, ir.Undefined)
-    lane = builder.insert_element(nothing, number, _INDEX(0))
-    return builder.shuffle_vector(lane, nothing, ir.Constant(ir.VectorType(_INDEX, _LANES), [0] * _LANES))
-
-
-def _multiply_add(builder: ir.IRBuilder, left: Any, right: Any, sums: Any) -> Any:
-    """left · right + sums, rounded once."""
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    return builder.call(get_or_insert_function(builder.module, kind, f"llvm.fma.v{_LANES}f32"), [left, right, sums])

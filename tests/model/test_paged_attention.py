@@ -87,10 +87,11 @@ def _plan(contexts: list[Context], page_size: int, rng: random.Random) -> Attent
 def test_paged_attention_is_one_softmax_per_token_and_head(
     window: int | None, softcap: float | None, with_sinks: bool, is_compiled: bool
 ) -> None:
-    for seed in range(6):
+    # heads of less than a vector, of one, of several that are summed at once, and of some more
+    for seed, dim in enumerate((4, 16, 64, 72, 80, 128)):
         rng = random.Random(seed)
         torch.manual_seed(seed)
-        kv_heads, repeats, dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([4, 16, 72, 128])
+        kv_heads, repeats = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
         page_size = rng.choice([1, 4, 7])
         heads = kv_heads * repeats
         cache = KVCache([LayerShape(kv_heads, dim)], 80, page_size, dtype=torch.float32, device=torch.device("cpu"))
