@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
@@ -24,6 +25,7 @@ import psutil
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
@@ -45,6 +47,7 @@ class PrivateRedis:
         self._socket = _socket_path(self._folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._keeper: threading.Thread | None = None
+        self._ended: Future[int] | None = None
 
     @property
     def url(self) -> str:
@@ -70,13 +73,17 @@ class PrivateRedis:
             self.stop()
             raise
 
-    def poll(self) -> int | None:
-        """Its exit status (negative: the signal that killed it), or None while it runs."""
-        return None if self._process is None else self._process.poll()
+    @property
+    def ended(self) -> Future[int]:
+        """Its exit status (negative: the signal that killed it), once it has ended; another after each start."""
+        assert self._ended is not None, "start comes first"
+        return self._ended
 
     def stop(self) -> None:
         """Stop it cleanly; nothing is lost. Stopping twice, or what has ended by itself, is fine."""
         if self._process is not None and self._keeper is not None:
+            with suppress(RedisError), self._client() as client:
+                client.shutdown()  # a signal is looked at no oftener than its `hz`
             self._process.terminate()
             self._keeper.join(STOP_TIMEOUT)
             if self._keeper.is_alive():  # every acknowledged write is synced already
@@ -100,6 +107,8 @@ class PrivateRedis:
         and who called `start` may be a short-lived worker thread.
         """
         started: Future[subprocess.Popen[bytes]] = Future()
+        ended: Future[int] = Future()
+        ended.set_running_or_notify_cancel()  # who gives up waiting for it does not cancel it
         command = [str(binary), *self._options()]
 
         def keep() -> None:
@@ -116,11 +125,13 @@ class PrivateRedis:
                 started.set_exception(RedisNotStarted(f"{binary} cannot be run: {error}"))
                 return
             started.set_result(process)
-            process.wait()
+            ended.set_result(process.wait())
 
         self._keeper = threading.Thread(target=keep, name="private redis", daemon=True)
         self._keeper.start()
-        return started.result()
+        process = started.result()
+        self._ended = ended
+        return process
 
     def _options(self) -> list[str]:
         options = {
@@ -133,6 +144,7 @@ class PrivateRedis:
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
+            "hz": "1",  # how often a second it looks after itself: ten times would wake an idle machine for nothing
             "pidfile": str(self._pid_file),
             "logfile": str(self._log_file),
         }
@@ -140,7 +152,7 @@ class PrivateRedis:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         give_up = time.monotonic() + START_TIMEOUT
-        with Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
+        with self._client() as client:
             while process.poll() is None:
                 try:
                     client.ping()
@@ -151,6 +163,9 @@ class PrivateRedis:
                 else:
                     return
         raise RedisNotStarted(f"redis-server ended with status {process.poll()}; see {self._log_file}")
+
+    def _client(self) -> Redis:
+        return Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _stop_stale(self) -> None:
         """Stop the redis-server that a killed server left on this folder."""

@@ -7,10 +7,11 @@ told which: it is told that it missed some.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import msgspec
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from adapters_store.index.connection import redis_errors
 from adapters_store.index.keys import Keys
@@ -72,6 +73,7 @@ class ChangeFeed:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
+        self._waiting: Pipeline | None = None
 
     async def end(self) -> str:
         """The id of the newest entry: read before the index is, it is where following starts."""
@@ -83,19 +85,25 @@ class ChangeFeed:
 
     async def after(self, position: str, index_id: str, *, wait: float | None) -> list[FeedEvent]:
         """The oldest changes after `position`, at most `BATCH`; waits up to `wait` seconds for the first, if at all.
+        One call waits at a time.
 
         Raises `FeedLost` when Redis now holds another index than `index_id`, or when the entry at `position` was
         trimmed away, and with it perhaps some after it; also when this release does not understand one of them.
         """
         block = None if wait is None else int(wait * 1000)
+        # All of it is asked at once: to be woken costs a process more than what it does then. No transaction, which
+        # would not wait, and in which a full Redis refuses even reads: an entry that is there still was so when the
+        # others were read, and another index has other entries.
         with redis_errors():
-            answer: Any = await self._redis.xread({self._keys.feed: position}, count=BATCH, block=block)
-            # No transaction, in which Redis refuses even reads when it is full: an entry that is there still was so
-            # when the others were read, and another index has other entries.
             async with self._redis.pipeline(transaction=False) as pipeline:
+                pipeline.xread({self._keys.feed: position}, count=BATCH, block=block)
                 pipeline.get(self._keys.index_id)
                 pipeline.xrange(self._keys.feed, position, position)
-                found_id, found_entry = await pipeline.execute()
+                self._waiting = pipeline
+                try:
+                    answer, found_id, found_entry = await pipeline.execute()
+                finally:
+                    self._waiting = None
         if found_id != index_id:
             raise FeedLost("Redis holds another index than before: it was emptied or replaced")
         if not found_entry:
@@ -105,3 +113,11 @@ class ChangeFeed:
             return [msgspec.convert({"id": at, **fields}, FeedEvent) for at, fields in entries]
         except msgspec.ValidationError as error:
             raise FeedLost(f"the feed has an entry that this release does not understand: {error}") from error
+
+    async def stop_waiting(self) -> None:
+        """End the call of `after` that waits, if one does; it raises `StoreUnavailable`.
+
+        Its connection is closed. Were it cancelled just as its answer comes, the client's pool would lose that.
+        """
+        if self._waiting is not None and self._waiting.connection is not None:
+            await self._waiting.connection.disconnect()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -23,8 +23,9 @@ from adapters_store.scope import id_of, scoped
 
 PAGE = 500
 """Tasks read at once while loading: the loop is given back between pages."""
-FEED_WAIT = 0.25
-"""Seconds; also the longest time until an index emptied without a broken connection is noticed."""
+FEED_WAIT = 0.9
+"""Seconds, and up to a turn of Redis' own clock more (its `hz`); also the longest time until an index emptied without a
+broken connection is noticed."""
 RETRY_DELAY = 0.2
 REMEMBERED = 16
 """Versions of one task, beside its active one and its canary, that are held once asked for."""
@@ -42,6 +43,7 @@ class TaskDirectory:
         self._reader = VersionCalls(index.redis, index.keys)  # its calls do not end while `index` says `is_away`
         self._mirror = Mirror()
         self._listeners: list[FeedListener] = []
+        self._watchers: list[Callable[[], None]] = []
         self._index_id = ""
         self._position = ""
         self._connected = False
@@ -65,19 +67,21 @@ class TaskDirectory:
         self._index.is_away = lambda: not self.available
 
     async def stop(self) -> None:
-        """Stop following, within `FEED_WAIT` or a call's timeout. What is held still answers.
-
-        Nothing is cancelled: a call cancelled just as its answer comes would leak its connection in the client's pool.
-        """
+        """Stop following, within a call's timeout. What is held still answers."""
         self._stopping = True
         self._index.is_away = lambda: False
         if self._follower is not None:
+            await self._index.feed.stop_waiting()
             await self._follower
 
     def subscribe(self, listener: FeedListener) -> None:
         """Have every event handed on to `listener`, and be told when some may have been missed."""
         self._listeners.append(listener)
         listener.subscribed(self)
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Have `watcher` called whenever what is held of some task may have changed."""
+        self._watchers.append(watcher)
 
     def get(self, name: str) -> Task | None:
         """The task's record as mirrored."""
@@ -147,6 +151,7 @@ class TaskDirectory:
                 held = self._mirror.entries.get(name)
                 asked = [] if held is None else list(held.others)
                 self._mirror.hold(found, await self._reader.read_versions(name, asked) if asked else {})
+        self._tell_watchers()
 
     async def _select(self, entry: Mirrored, selector: str) -> Version:
         task, active, canary = entry.state
@@ -184,6 +189,11 @@ class TaskDirectory:
             self._mirror = mirror
             self._index_id, self._position = index_id, position
             self._connected = True
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        for watcher in self._watchers:
+            watcher()
 
     def _clear_listeners(self) -> None:
         for listener in self._listeners:
@@ -194,7 +204,8 @@ class TaskDirectory:
             try:
                 await self._take_news()
             except StoreError as error:
-                await self._wait_out(error)
+                if not self._stopping:
+                    await self._wait_out(error)
             except Exception as error:  # whatever it was: a server that stopped following would stay blind
                 log.error("the change feed could not be read", exc_info=True)
                 await self._wait_out(error)

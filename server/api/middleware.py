@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from contextlib import suppress
+from email.utils import formatdate
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,7 +33,8 @@ _log = structlog.get_logger(__name__)
 
 
 class RequestContext:
-    """Takes or makes the request's id, returns it, binds it for every log line, and writes the access line."""
+    """Takes or makes the request's id, returns it, binds it for every log line, dates the answer, and writes the access
+    line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -53,7 +55,9 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                headers["Date"] = formatdate(usegmt=True)
             await send(message)
 
         try:

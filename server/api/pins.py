@@ -1,10 +1,10 @@
 """Pinned tasks: the adapters of their active versions stay loaded in the engine.
 
-The mirror says which tasks are pinned, whoever changed that; it is compared with what the engine was told a few times
-a second. Pins have half of the adapter memory, so that other tasks always have room. A call that would pin more is
-refused, be it a pin, an upload to a pinned task or a switch of it. Where they are more nevertheless (after a rollback,
-which nothing may stand in the way of, or by another server that has more memory), those that do not fit are left out,
-last names first; the log and the metrics say so.
+The mirror says which tasks are pinned, whoever changed that; when it has changed, or there is an engine, it is compared
+with what the engine was told. Pins have half of the adapter memory, so that other tasks always have room. A call that
+would pin more is refused, be it a pin, an upload to a pinned task or a switch of it. Where they are more nevertheless
+(after a rollback, which nothing may stand in the way of, or by another server that has more memory), those that do not
+fit are left out, last names first; the log and the metrics say so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from server.engine.client import EngineClient
 from server.engine.protocol import AdapterRef, BaseFacts
 from server.errors import RequestError
 
-LOOK_SECONDS = 0.25
 _SHARE = 0.5  # of the adapter memory
 _NUMBER_BYTES = {"float32": 4}  # of one parameter on the device; 2 in every other type
 
@@ -37,6 +36,8 @@ class Pins:
         self._room = int(adapter_bytes * _SHARE)
         self._told: list[AdapterRef] = []
         self._left_out: list[str] = []
+        self._is_due = asyncio.Event()
+        directory.watch(self.look_soon)
 
     @property
     def left_out(self) -> int:
@@ -82,12 +83,17 @@ class Pins:
             self._told = list(adapters.values())
             engine.pin(self._told)
 
+    def look_soon(self) -> None:
+        """Have `run` look: there is an engine now, or the mirror has changed."""
+        self._is_due.set()
+
     async def run(self, engine: Callable[[], Engine | None]) -> None:
-        """Look now and then, for ever; cancel it at the end. `engine` gives None while there is none."""
+        """Look whenever that is due, for ever; cancel it at the end. `engine` gives None while there is none."""
         while True:
+            await self._is_due.wait()
+            self._is_due.clear()
             if (found := engine()) is not None:
                 await self.look(*found)
-            await asyncio.sleep(LOOK_SECONDS)
 
     async def _pinned(self, facts: BaseFacts) -> list[Version]:
         """The active versions of pinned tasks, by name, that are for this base."""

@@ -81,6 +81,7 @@ class Services:
     def serve(self, engine: EngineClient, facts: BaseFacts) -> None:
         """The engine is ready: requests can be answered."""
         self.base = ServedBase(engine, facts)
+        self.pins.look_soon()
 
     @contextmanager
     def upload(self) -> Iterator[None]:

@@ -64,6 +64,7 @@ class HttpServer:
             lifespan="on",
             ws="none",
             server_header=False,
+            date_header=False,  # the application writes its own
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
@@ -84,16 +85,19 @@ class HttpServer:
     async def stop(self) -> None:
         """Close the listening socket, let answers under way end within `CLOSE_SECONDS`, close all connections."""
         self._server.should_exit = True
+        self._server.leaving.set()
         if self._serving is not None:
             await self._serving
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers, and with an event for the end of its start."""
+    """uvicorn's server without its signal handlers and its clock, and with events for the end of its start and its
+    own end."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.answering = asyncio.Event()
+        self.leaving = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,3 +107,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.answering.set()
+
+    async def main_loop(self) -> None:
+        """Wait for the end. uvicorn's own looks for it ten times a second, and keeps the answers' `Date`."""
+        await self.on_tick(0)
+        await self.leaving.wait()

@@ -13,7 +13,6 @@ import structlog
 
 from adapters_store import PrivateRedis, RedisNotStarted
 
-POLL_SECONDS = 0.25
 SHORTEST_DELAY = 0.25  # seconds before a start, doubled after each
 LONGEST_DELAY = 15.0
 STABLE_SECONDS = 60.0  # one that lived this long starts again without a growing delay
@@ -54,10 +53,7 @@ class RedisChild:
         """Start it whenever it has died, after a delay that grows while it keeps dying."""
         loop = asyncio.get_running_loop()
         started, delay = loop.time(), SHORTEST_DELAY
-        while not await self._stopped_within(POLL_SECONDS):
-            status = self._redis.poll()
-            if status is None:
-                continue
+        while (status := await self._end()) is not None:
             delay = SHORTEST_DELAY if loop.time() - started > STABLE_SECONDS else min(delay * 2, LONGEST_DELAY)
             _log.error("the private redis died and is started again", status=status, seconds=delay)
             if await self._stopped_within(delay):
@@ -67,6 +63,14 @@ class RedisChild:
                 await asyncio.to_thread(self._redis.start)
             except RedisNotStarted as error:
                 _log.error("the private redis does not start", reason=str(error))
+
+    async def _end(self) -> int | None:
+        """Wait until it has died: its exit status; None once `stop` was called."""
+        ended = asyncio.wrap_future(self._redis.ended)
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        return None if self._stopping.is_set() else ended.result()
 
     async def _stopped_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):

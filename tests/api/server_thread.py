@@ -100,7 +100,9 @@ class ServerThread:
 
     async def _listen(self) -> None:
         self.app = create_app(self.services)
-        config = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            self.app, log_config=None, access_log=False, date_header=False, timeout_graceful_shutdown=5
+        )
         self._server = _Server(config, self._started)
         await self._server.serve(sockets=[self._listener])
 

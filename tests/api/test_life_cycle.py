@@ -163,6 +163,8 @@ def test_a_pin_on_one_server_is_told_to_the_engines_of_all(
         digest = publish(here.client(None), "t", files["lora"])["digest"]
         here.client(None).put("/v1/tasks/t", json={"pinned": True})
         assert [adapter.digest for adapter in there.engine.pinned.get(timeout=30).adapters] == [digest]
+        with keyed(redis_url, base_facts, tmp_path, auth=False, namespace="pins") as later:
+            assert [adapter.digest for adapter in later.engine.pinned.get(timeout=30).adapters] == [digest]
 
 
 def test_pins_have_half_of_the_adapter_memory_and_no_more(

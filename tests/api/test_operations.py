@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -30,6 +32,8 @@ def test_a_request_id_is_taken_or_made_and_stands_in_the_log(
         silence_log()
     assert given.headers["x-request-id"] == "abc-1"
     assert len({made.headers["x-request-id"], bad.headers["x-request-id"], "abc-1"}) == 3
+    (date,) = made.headers.get_list("date")
+    assert abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()) < 600, "and the present time"
     lines = {entry["request_id"]: entry for entry in capture.entries if entry["event"] == "request"}
     assert (lines["abc-1"]["path"], lines["abc-1"]["status"]) == ("/v1/completions", 200)
     assert lines[made.headers["x-request-id"]]["status"] == 404

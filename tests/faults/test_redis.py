@@ -40,7 +40,7 @@ def away(cluster: Cluster, how: str) -> Iterator[None]:
         if how == "stopped":
             os.kill(pid, signal.SIGCONT)
         else:
-            until(lambda: cluster.redis.poll() is not None)
+            until(cluster.redis.ended.done)
             cluster.redis.start()
 
 

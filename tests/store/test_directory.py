@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ import pytest
 from redis import Redis
 
 from adapters_store import Conflict, NotFound, PrivateRedis, RedisIndex, StoreUnavailable, TaskDirectory
+from adapters_store.index.connection import MAX_CONNECTIONS
 from adapters_store.mirror import directory
 from adapters_store.records import TaskSettings
 from tests.store.samples import eventually, new_version
@@ -192,7 +194,23 @@ async def test_more_changes_than_one_batch_are_all_followed(
 def test_the_feed_is_waited_for_less_long_than_a_call_may_take() -> None:
     from adapters_store.index import connection
 
-    assert directory.FEED_WAIT < connection.CALL_TIMEOUT
+    turn = 1.0  # of the private Redis' own clock, at whose end it sees that a wait is over
+    assert directory.FEED_WAIT + turn < connection.CALL_TIMEOUT
+
+
+async def test_a_change_and_the_end_wake_the_follower_whatever_it_would_wait(
+    own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters_store.index.connection.CALL_TIMEOUT", 7200.0)
+    monkeypatch.setattr("adapters_store.mirror.directory.FEED_WAIT", 3600.0)
+    told = []
+    async with asyncio.timeout(60), mirror(own_redis.url) as (index, tasks):
+        tasks.watch(lambda: told.append(active(tasks, "t")))
+        await index.publish("t", new_version("a"), activate=True)
+        await eventually(lambda: active(tasks, "t") == 1)
+        await tasks.stop()
+        assert told == [1], "who watches sees the task as it is then"
+        assert [await index.count_tasks() for _ in range(MAX_CONNECTIONS + 1)] == [1] * (MAX_CONNECTIONS + 1)
 
 
 async def test_its_pages_are_the_index_s(index: RedisIndex) -> None:

@@ -170,19 +170,20 @@ async def test_a_socket_place_that_another_user_made_is_not_used(
         place.symlink_to(tmp_path)
         with pytest.raises(RedisNotStarted, match="TMPDIR"):
             server.start()
-        assert server.poll() is None
+        assert server.pid is None
 
 
 class _RefusedByUvloop:
     """What uvloop raises for a write to a connection that was reset a moment before."""
 
-    async def xread(self, *_: object, **__: object) -> None:
+    def pipeline(self, **_: object) -> None:
         raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
 
 async def test_a_connection_that_is_reset_under_a_write_is_redis_away_and_ends_no_follower(
     own_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("adapters_store.mirror.directory.FEED_WAIT", 0.1)
     index = await RedisIndex.connect(own_redis.url)
     tasks = TaskDirectory(index)
     await tasks.start()

@@ -19,6 +19,7 @@ from redis import Redis
 from adapters_store import DataFolder, DataFolderLocked, PrivateRedis, RedisIndex, RedisNotStarted
 from tests.store.samples import eventually, new_version
 
+PATIENCE_SECONDS = 20  # only ends a broken test
 START_AND_WAIT = (
     "import pathlib, sys, time; from adapters_store import PrivateRedis\n"
     "server = PrivateRedis(pathlib.Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(600)"
@@ -29,10 +30,10 @@ START_AND_WAIT = (
 async def test_a_killed_redis_is_noticed_and_everything_acknowledged_is_there_again(own_redis: PrivateRedis) -> None:
     index = await RedisIndex.connect(own_redis.url)
     published = [(await index.publish("t", new_version(str(i)), activate=True))[0] for i in range(20)]
-    assert own_redis.poll() is None
+    assert not own_redis.ended.done()
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGKILL)
-    await eventually(lambda: own_redis.poll() == -signal.SIGKILL)
+    assert await asyncio.wrap_future(own_redis.ended) == -signal.SIGKILL
     own_redis.start()
     assert await index.list_versions("t") == published
     assert (await index.get_task("t")).active == 20
@@ -44,7 +45,7 @@ def test_a_clean_stop_loses_nothing_and_leaves_no_process(own_redis: PrivateRedi
         redis.set("key", "value")
         pid = own_redis.pid
         own_redis.stop()
-        assert own_redis.poll() == 0
+        assert own_redis.ended.result(PATIENCE_SECONDS) == 0
         assert pid is not None
         assert not psutil.pid_exists(pid)
         own_redis.start()
@@ -74,9 +75,9 @@ def test_it_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     starter.join()
     with Redis.from_url(server.url) as redis:
         assert redis.ping()
-    assert server.poll() is None
+    assert not server.ended.done()
     server.stop()
-    assert server.poll() == 0
+    assert server.ended.result(PATIENCE_SECONDS) == 0
 
 
 def test_what_a_killed_server_left_is_stopped_by_the_next_start(own_redis: PrivateRedis, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_what_a_killed_server_left_is_stopped_by_the_next_start(own_redis: Priva
         redis.set("key", "value")
     next_one = PrivateRedis(tmp_path / "redis")
     next_one.start()
-    assert own_redis.poll() == 0
+    assert own_redis.ended.result(PATIENCE_SECONDS) == 0
     with Redis.from_url(next_one.url) as redis:
         assert redis.get("key") == b"value"
     next_one.stop()
