@@ -107,7 +107,7 @@ async def identify(services: Services, headers: Headers, request_id: str = "") -
     return Caller(tenant=key.tenant, key_id=key.id, scopes=key.scopes, quotas=key.quotas, request_id=request_id)
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller

@@ -1,4 +1,4 @@
-"""What routes are handed by the framework."""
+"""What routes are handed by the framework, which runs a plain function on a thread: all of them are coroutines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from server.api.services import Services
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
