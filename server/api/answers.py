@@ -54,7 +54,7 @@ async def answer(request: Request, generation: Generation, writer: Writer, *, st
         return json_response({**writer.whole(choices), "medley": writer.medley})
     events = _events(generation, writer)
     first = await while_connected(request.receive, anext(events))
-    return EventStream(_resumed(first, events), generation.seconds_left + READ_GRACE_SECONDS)
+    return EventStream(first, events, generation.seconds_left + READ_GRACE_SECONDS)
 
 
 async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[bytes]:
@@ -78,11 +78,3 @@ async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[byte
         if not begun:
             raise
         yield error_event(body_of(error))
-
-
-async def _resumed(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """The whole stream, of which the first event has been taken out already."""
-    async with aclosing(events):
-        yield first
-        async for chunk in events:
-            yield chunk

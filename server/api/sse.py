@@ -37,10 +37,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], max_seconds: float) -> None:
-        """`events` has been started already: the status and the headers are certain."""
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes], max_seconds: float) -> None:
+        """`first` is what `events` has yielded already, so that the status and the headers are certain."""
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
+        self._first = first
         self._events = events
         self._max_seconds = max_seconds
 
@@ -52,6 +53,7 @@ class EventStream(Response):
                 await while_connected(receive, self._send(events, send))
 
     async def _send(self, events: AsyncGenerator[bytes], send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for chunk in events:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -59,7 +60,9 @@ class TokenStream:
         self._client = client
         self._requests = requests
         self._open: set[str] = set()
-        self._queue: asyncio.Queue[Tokens | RequestError] = asyncio.Queue()
+        # Not `asyncio.Queue`, whose books on any number of readers are a part of what each token costs.
+        self._queue: deque[Tokens | RequestError] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # the reader's, while the queue is empty
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -69,7 +72,7 @@ class TokenStream:
             self._client._submit(request, self)
         last = max((request.deadline for request in self._requests), default=0.0)
         delay = max(0.0, last - time.time()) + DEADLINE_GRACE_SECONDS
-        self._timer = asyncio.get_running_loop().call_later(delay, self.fail, _overdue())
+        self._timer = asyncio.get_running_loop().call_later(delay, self.push, _overdue())
         return self
 
     def __exit__(
@@ -86,7 +89,10 @@ class TokenStream:
     async def __anext__(self) -> Tokens:
         """The next news of any of the sequences."""
         while self._open:
-            item = await self._queue.get()
+            if not self._queue:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            item = self._queue.popleft()
             if isinstance(item, RequestError):
                 raise item
             if item.id not in self._open:  # stopped meanwhile
@@ -102,13 +108,11 @@ class TokenStream:
             self._open.discard(request_id)
             self._client._abort(request_id)
 
-    def push(self, tokens: Tokens) -> None:
-        """For the client: news of a sequence."""
-        self._queue.put_nowait(tokens)
-
-    def fail(self, error: RequestError) -> None:
-        """For the client: one of the sequences will not finish."""
-        self._queue.put_nowait(error)
+    def push(self, news: Tokens | RequestError) -> None:
+        """For the client: what a step gave a sequence, or the error by which one ends."""
+        self._queue.append(news)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -217,7 +221,7 @@ class EngineClient:
             self._streams[request.id] = stream
             self._channel.send(request)
         else:
-            stream.fail(self._dead())
+            stream.push(self._dead())
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self.alive:
@@ -259,14 +263,14 @@ class EngineClient:
         for failed in output.failed:
             stream = self._streams.pop(failed.id, None)
             if stream is not None:
-                stream.fail(_error(failed))
+                stream.push(_error(failed))
         if self._on_step is not None:
             self._on_step(output.stats)
 
     def _end(self) -> None:
         """The engine is gone: everyone who waits for it hears so."""
         for stream in set(self._streams.values()):
-            stream.fail(self._dead())
+            stream.push(self._dead())
         self._streams.clear()
         waiting: list[asyncio.Future[Any]] = [*self._inspections.values(), *self._searches.values()]
         for future in waiting:

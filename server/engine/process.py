@@ -1,8 +1,8 @@
 """The engine process: one end of a socket, the base, and the loop between them.
 
-Threads: this one steps; a reader takes messages off the socket; a writer puts them on it, so that a slow HTTP
-process never holds a step; a few check uploads and load adapters. When the other side of the socket is gone, so is this
-process.
+Threads: this one steps and says what happened; a reader takes messages off the socket; a writer waits for a slow HTTP
+process, so that no step does; a few check uploads and load adapters. When the other side of the socket is gone, so is
+this process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 
-import msgspec
 import psutil
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -89,7 +87,6 @@ class EngineProcess:
     def __init__(self, channel: Channel[ToEngine], settings: Configure) -> None:
         """Load, probe and say `Ready`. Raises `StartupError`."""
         self._channel = channel
-        self._outgoing: SimpleQueue[msgspec.Struct] = SimpleQueue()
         self._checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload-check")
         self._blobs = open_blobs(settings.blobs, Path(settings.blob_cache), settings.blob_cache_bytes)
         if settings.max_batch_tokens < settings.max_seqs:
@@ -103,7 +100,7 @@ class EngineProcess:
         )
         limits = _limits(settings, self._base)
         at_rest = moves_to_huge_pages() if self._base.device.type == "cpu" else iter(())
-        self._loop = EngineLoop(self._outgoing.put, at_rest)
+        self._loop = EngineLoop(channel.post, at_rest)
         self._engine = Engine(self._base, limits, self._load_adapter, self._loop.wake)
         # The base and the libraries stay as long as the process: a collection that visits all of their objects again
         # would hold a step for some tenths of a second.
@@ -136,8 +133,7 @@ class EngineProcess:
     def _write(self) -> None:
         try:
             with suppress(OSError):  # the other side is gone
-                while True:
-                    self._channel.send(self._outgoing.get())
+                self._channel.write_what_is_left()
         finally:
             self._loop.stop()  # an engine that cannot say anything more must not stay
 
@@ -150,13 +146,13 @@ class EngineProcess:
                 self._check_stack([self._load_adapter(message.under.files), adapter])
         except RequestError as error:
             failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
-            self._outgoing.put(Inspected(id=message.id, error=failed))
+            self._channel.post(Inspected(id=message.id, error=failed))
         except Exception as error:  # whatever an upload does to its check, its uploader gets an answer
             logger.exception("an upload's check failed unexpectedly")
             failed = Failed(id=message.id, code="bad_config", message=f"the adapter cannot be read: {error!r}")
-            self._outgoing.put(Inspected(id=message.id, error=failed))
+            self._channel.post(Inspected(id=message.id, error=failed))
         else:
-            self._outgoing.put(Inspected(id=message.id, facts=_adapter_facts(adapter)))
+            self._channel.post(Inspected(id=message.id, facts=_adapter_facts(adapter)))
 
     def _find_neighbours(self, message: Neighbours) -> None:
         try:
@@ -170,7 +166,7 @@ class EngineProcess:
             logger.exception("neighbours could not be found")
             failed = Failed(id=message.id, code="internal_error", message=f"neighbours could not be found: {error!r}")
             found = NeighboursFound(id=message.id, error=failed)
-        self._outgoing.put(found)
+        self._channel.post(found)
 
     def _check_stack(self, stack: list[Adapter]) -> None:
         """Refuse what cannot be laid over the task's adapter."""
