@@ -11,6 +11,7 @@ from adapters_store import DataFolder
 from server.errors import StartupError
 from server.settings import Settings
 from server.supervisor.configuration import base_id_of, engine_configuration
+from server.supervisor.engine_child import SPIN_COUNT, engine_environment
 
 
 @pytest.fixture
@@ -49,3 +50,9 @@ def test_a_bucket_s_copies_are_kept_in_the_data_folder(data: DataFolder) -> None
     assert (given.blobs, given.blob_cache_bytes) == ("s3://bucket/prefix", 2**29)
     assert given.blob_cache == str(data.blob_cache)
     assert data.blob_cache.parent == data.path
+
+
+@pytest.mark.parametrize("settled", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}])
+def test_the_engine_s_threads_wait_briefly_unless_it_was_settled_how_they_wait(settled: dict[str, str]) -> None:
+    given = {"PATH": "/bin", **settled}
+    assert engine_environment(given) == (given if settled else {**given, "GOMP_SPINCOUNT": str(SPIN_COUNT)})
