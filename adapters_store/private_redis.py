@@ -82,8 +82,8 @@ class PrivateRedis:
     def stop(self) -> None:
         """Stop it cleanly; nothing is lost. Stopping twice, or what has ended by itself, is fine."""
         if self._process is not None and self._keeper is not None:
-            with suppress(RedisError), self._client() as client:
-                client.shutdown()  # a signal is looked at no oftener than its `hz`
+            if not self.ended.done():
+                self._shut_down()
             self._process.terminate()
             self._keeper.join(STOP_TIMEOUT)
             if self._keeper.is_alive():  # every acknowledged write is synced already
@@ -164,6 +164,11 @@ class PrivateRedis:
                     return
         raise RedisNotStarted(f"redis-server ended with status {process.poll()}; see {self._log_file}")
 
+    def _shut_down(self) -> None:
+        """Have who listens on the socket end now: a signal is looked at no oftener than `hz` says."""
+        with suppress(RedisError), self._client() as client:
+            client.shutdown()
+
     def _client(self) -> Redis:
         return Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
@@ -173,6 +178,7 @@ class PrivateRedis:
             process = psutil.Process(int(self._pid_file.read_text()))
             # The number may be some other process' by now: ours has its working directory in the folder.
             if process.name().startswith("redis-server") and Path(process.cwd()) == self._folder:
+                self._shut_down()
                 process.terminate()
                 try:
                     process.wait(STOP_TIMEOUT)

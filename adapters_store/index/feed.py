@@ -85,15 +85,15 @@ class ChangeFeed:
 
     async def after(self, position: str, index_id: str, *, wait: float | None) -> list[FeedEvent]:
         """The oldest changes after `position`, at most `BATCH`; waits up to `wait` seconds for the first, if at all.
-        One call waits at a time.
+        One call waits at a time: a feed has one follower.
 
         Raises `FeedLost` when Redis now holds another index than `index_id`, or when the entry at `position` was
         trimmed away, and with it perhaps some after it; also when this release does not understand one of them.
         """
         block = None if wait is None else int(wait * 1000)
         # All of it is asked at once: to be woken costs a process more than what it does then. No transaction, which
-        # would not wait, and in which a full Redis refuses even reads: an entry that is there still was so when the
-        # others were read, and another index has other entries.
+        # would not wait, and in which a full Redis refuses even reads. None is needed: an entry that is there at the
+        # end was there when the others were read, and another index has other entries.
         with redis_errors():
             async with self._redis.pipeline(transaction=False) as pipeline:
                 pipeline.xread({self._keys.feed: position}, count=BATCH, block=block)
@@ -115,9 +115,12 @@ class ChangeFeed:
             raise FeedLost(f"the feed has an entry that this release does not understand: {error}") from error
 
     async def stop_waiting(self) -> None:
-        """End the call of `after` that waits, if one does; it raises `StoreUnavailable`.
+        """End the call of `after` that waits, if one does; it raises `StoreUnavailable`. One that is still connecting
+        ends by itself.
 
-        Its connection is closed. Were it cancelled just as its answer comes, the client's pool would lose that.
+        Its connection is closed, and the other side is not waited for. Were it cancelled just as its answer comes, the
+        client's pool would lose the connection.
         """
         if self._waiting is not None and self._waiting.connection is not None:
-            await self._waiting.connection.disconnect()
+            with redis_errors():
+                await self._waiting.connection.disconnect(nowait=True)

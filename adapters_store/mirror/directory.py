@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import structlog
 
@@ -71,7 +72,8 @@ class TaskDirectory:
         self._stopping = True
         self._index.is_away = lambda: False
         if self._follower is not None:
-            await self._index.feed.stop_waiting()
+            with suppress(StoreError):  # Redis does not take part in it
+                await self._index.feed.stop_waiting()
             await self._follower
 
     def subscribe(self, listener: FeedListener) -> None:
@@ -80,7 +82,8 @@ class TaskDirectory:
         listener.subscribed(self)
 
     def watch(self, watcher: Callable[[], None]) -> None:
-        """Have `watcher` called whenever what is held of some task may have changed."""
+        """Have `watcher` called whenever what is held of some task may have changed: behind the change, where
+        `subscribe` gives the events before it."""
         self._watchers.append(watcher)
 
     def get(self, name: str) -> Task | None:
@@ -143,15 +146,17 @@ class TaskDirectory:
     async def refresh(self, names: Iterable[str]) -> None:
         """Read these tasks anew. A writer calls it after its own change, which the feed would bring a little later."""
         wanted = sorted(set(names))
-        async with self._reading:
-            for name, found in zip(wanted, await self._reader.read_tasks(wanted), strict=True):
-                if found is None:
-                    self._mirror.drop(name)
-                    continue
-                held = self._mirror.entries.get(name)
-                asked = [] if held is None else list(held.others)
-                self._mirror.hold(found, await self._reader.read_versions(name, asked) if asked else {})
-        self._tell_watchers()
+        try:
+            async with self._reading:
+                for name, found in zip(wanted, await self._reader.read_tasks(wanted), strict=True):
+                    if found is None:
+                        self._mirror.drop(name)
+                        continue
+                    held = self._mirror.entries.get(name)
+                    asked = [] if held is None else list(held.others)
+                    self._mirror.hold(found, await self._reader.read_versions(name, asked) if asked else {})
+        finally:  # some are held anew also where another could not be read
+            self._tell_watchers()
 
     async def _select(self, entry: Mirrored, selector: str) -> Version:
         task, active, canary = entry.state
@@ -204,8 +209,7 @@ class TaskDirectory:
             try:
                 await self._take_news()
             except StoreError as error:
-                if not self._stopping:
-                    await self._wait_out(error)
+                await self._wait_out(error)
             except Exception as error:  # whatever it was: a server that stopped following would stay blind
                 log.error("the change feed could not be read", exc_info=True)
                 await self._wait_out(error)
@@ -233,6 +237,8 @@ class TaskDirectory:
                 await self._wait_out(error)
 
     async def _wait_out(self, error: Exception) -> None:
+        if self._stopping:  # it has broken the connection
+            return
         if self._connected:
             why = "redis is away" if isinstance(error, StoreUnavailable) else "the index cannot be followed"
             log.warning(f"{why}; known tasks are served from memory", reason=str(error))

@@ -9,6 +9,7 @@ there is one. A code that is not in the table is a fault of the server and answe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
@@ -215,7 +216,8 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 async def _on_unforeseen(request: Request, error: Exception) -> Response:
     _log.error("request failed by a fault of the server", exc_info=error)
     headers = {
-        REQUEST_ID_HEADER: request.state.request_id,  # the middleware that adds it has been left already
+        REQUEST_ID_HEADER: request.state.request_id,  # the middleware that adds these two has been left already
+        "Date": formatdate(usegmt=True),
         "Connection": "close",  # the HTTP server closes it after a fault, and a client is to know
     }
     return error_response("internal_error", "the server made a mistake; its log says more", status=500, headers=headers)

@@ -57,7 +57,7 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = request_id
-                headers["Date"] = formatdate(usegmt=True)
+                headers["Date"] = formatdate(usegmt=True)  # RFC 9110, 6.6.1
             await send(message)
 
         try:

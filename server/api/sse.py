@@ -47,9 +47,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with suppress(ClientGoneError, TimeoutError):  # nobody is left to be told
             async with aclosing(self._events) as events, asyncio.timeout(self._max_seconds):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await while_connected(receive, self._send(events, send))
 
     async def _send(self, events: AsyncGenerator[bytes], send: Send) -> None:

@@ -22,7 +22,8 @@ _LENGTH_BYTES = 4
 
 
 class Channel(Generic[Incoming]):
-    """The blocking side. `receive` is called by one thread, `send` by one before anything is posted, `post` by any."""
+    """The blocking side. `receive` is called by one thread, `send` by one before
+    anything is sent by `send_nowait`, which any may call."""
 
     def __init__(self, connection: socket.socket, incoming: Any) -> None:
         """`incoming` is `Incoming`, the union of the messages that may arrive: a union has no type of its own."""
@@ -31,38 +32,38 @@ class Channel(Generic[Incoming]):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
         self._lock = threading.Lock()
-        self._left: deque[bytes] = deque()  # the first of them is being written
-        self._has_left = threading.Condition(self._lock)
+        self._pending: deque[bytes] = deque()  # the first of them is being written
+        self._has_pending = threading.Condition(self._lock)
 
     def send(self, message: msgspec.Struct) -> None:
         """Write one message. Raises `OSError` when the other side is gone."""
         self._connection.sendall(self._framed(message))
 
-    def post(self, message: msgspec.Struct) -> None:
+    def send_nowait(self, message: msgspec.Struct) -> None:
         """Say a message without ever waiting for the other side.
 
         It is written here as far as the socket takes it, for a thread in between takes a twentieth of a lone stream's
-        rate; what is left, or finds nobody, is `write_what_is_left`'s.
+        rate; what is left, or finds nobody, is `flush_pending`'s.
         """
         with self._lock:
             frame, written = self._framed(message), 0
-            if not self._left:
+            if not self._pending:
                 with suppress(OSError):
                     written = self._connection.send(frame, socket.MSG_DONTWAIT)
             if written < len(frame):
-                self._left.append(frame[written:])
-                self._has_left.notify()
+                self._pending.append(frame[written:])
+                self._has_pending.notify()
 
-    def write_what_is_left(self) -> None:
-        """Write what `post` leaves, on a thread of its own. Raises `OSError` when the other side is gone."""
+    def flush_pending(self) -> None:
+        """Write what `send_nowait` leaves, on a thread of its own. Raises `OSError` when the other side is gone."""
         while True:
             with self._lock:
-                while not self._left:
-                    self._has_left.wait()
-                frame = self._left[0]
+                while not self._pending:
+                    self._has_pending.wait()
+                frame = self._pending[0]
             self._connection.sendall(frame)
             with self._lock:
-                self._left.popleft()
+                self._pending.popleft()
 
     def receive(self) -> Incoming | None:
         """The next message; None when the other side is gone."""

@@ -60,7 +60,7 @@ class TokenStream:
         self._client = client
         self._requests = requests
         self._open: set[str] = set()
-        # Not `asyncio.Queue`, whose books on any number of readers are a part of what each token costs.
+        # Not `asyncio.Queue`, whose bookkeeping for several readers is a part of what each token costs.
         self._queue: deque[Tokens | RequestError] = deque()
         self._waiter: asyncio.Future[None] | None = None  # the reader's, while the queue is empty
         self._timer: asyncio.TimerHandle | None = None

@@ -100,7 +100,7 @@ class EngineProcess:
         )
         limits = _limits(settings, self._base)
         at_rest = moves_to_huge_pages() if self._base.device.type == "cpu" else iter(())
-        self._loop = EngineLoop(channel.post, at_rest)
+        self._loop = EngineLoop(channel.send_nowait, at_rest)
         self._engine = Engine(self._base, limits, self._load_adapter, self._loop.wake)
         # The base and the libraries stay as long as the process: a collection that visits all of their objects again
         # would hold a step for some tenths of a second.
@@ -133,7 +133,7 @@ class EngineProcess:
     def _write(self) -> None:
         try:
             with suppress(OSError):  # the other side is gone
-                self._channel.write_what_is_left()
+                self._channel.flush_pending()
         finally:
             self._loop.stop()  # an engine that cannot say anything more must not stay
 
@@ -146,13 +146,13 @@ class EngineProcess:
                 self._check_stack([self._load_adapter(message.under.files), adapter])
         except RequestError as error:
             failed = Failed(id=message.id, code=error.code, message=error.message, param=error.param)
-            self._channel.post(Inspected(id=message.id, error=failed))
+            self._channel.send_nowait(Inspected(id=message.id, error=failed))
         except Exception as error:  # whatever an upload does to its check, its uploader gets an answer
             logger.exception("an upload's check failed unexpectedly")
             failed = Failed(id=message.id, code="bad_config", message=f"the adapter cannot be read: {error!r}")
-            self._channel.post(Inspected(id=message.id, error=failed))
+            self._channel.send_nowait(Inspected(id=message.id, error=failed))
         else:
-            self._channel.post(Inspected(id=message.id, facts=_adapter_facts(adapter)))
+            self._channel.send_nowait(Inspected(id=message.id, facts=_adapter_facts(adapter)))
 
     def _find_neighbours(self, message: Neighbours) -> None:
         try:
@@ -166,7 +166,7 @@ class EngineProcess:
             logger.exception("neighbours could not be found")
             failed = Failed(id=message.id, code="internal_error", message=f"neighbours could not be found: {error!r}")
             found = NeighboursFound(id=message.id, error=failed)
-        self._channel.post(found)
+        self._channel.send_nowait(found)
 
     def _check_stack(self, stack: list[Adapter]) -> None:
         """Refuse what cannot be laid over the task's adapter."""

@@ -85,7 +85,7 @@ class HttpServer:
     async def stop(self) -> None:
         """Close the listening socket, let answers under way end within `CLOSE_SECONDS`, close all connections."""
         self._server.should_exit = True
-        self._server.leaving.set()
+        self._server.exit_requested.set()
         if self._serving is not None:
             await self._serving
 
@@ -97,7 +97,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.answering = asyncio.Event()
-        self.leaving = asyncio.Event()
+        self.exit_requested = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,4 +111,4 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Wait for the end. uvicorn's own looks for it ten times a second, and keeps the answers' `Date`."""
         await self.on_tick(0)
-        await self.leaving.wait()
+        await self.exit_requested.wait()

@@ -42,6 +42,7 @@ async def test_a_killed_redis_is_noticed_and_everything_acknowledged_is_there_ag
 
 def test_a_clean_stop_loses_nothing_and_leaves_no_process(own_redis: PrivateRedis) -> None:
     with Redis.from_url(own_redis.url) as redis:
+        assert redis.config_get("hz") == {"hz": "1"}, "so that an idle machine sleeps"
         redis.set("key", "value")
         pid = own_redis.pid
         own_redis.stop()
@@ -86,6 +87,10 @@ def test_what_a_killed_server_left_is_stopped_by_the_next_start(own_redis: Priva
     next_one = PrivateRedis(tmp_path / "redis")
     next_one.start()
     assert own_redis.ended.result(PATIENCE_SECONDS) == 0
+    own_redis.stop()
+    assert not next_one.ended.done(), "stopping what has ended does not stop who came after it"
+    next_one.stop()
+    next_one.start()
     with Redis.from_url(next_one.url) as redis:
         assert redis.get("key") == b"value"
     next_one.stop()

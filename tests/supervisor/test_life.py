@@ -9,6 +9,8 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -77,6 +79,12 @@ def test_ctrl_c_drains_and_a_second_one_does_not_wait_for_it(start: Start) -> No
     assert json.loads(last.removeprefix("data:"))["error"]["code"] == "shutting_down"
     assert server.wait() == 0
     assert server.orphans() == []
+
+
+def test_an_answer_has_one_date_and_that_is_the_present(shared: ServerProcess) -> None:
+    for path in ("/healthz", "/v1/nothing"):
+        (date,) = httpx.get(f"{shared.url}{path}").headers.get_list("date")
+        assert abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()) < 600
 
 
 def test_each_way_in_which_a_start_fails_is_one_line_that_names_the_option(base: Path, tmp_path: Path) -> None:
