@@ -84,14 +84,15 @@ class Bench:
     def decode(self, engine: Engine, rng: random.Random, rows: int, context: int, kinds: Sequence[str] = ()) -> Decode:
         """Steps in which all rows decode, from the first step with nothing else on."""
         wanted = WARM_STEPS + MEASURED_STEPS
-        for row in range(rows):
-            task = (kinds[row % len(kinds)], row % self.shape.tasks) if kinds else None
+        tasks = [(kinds[row % len(kinds)], row % self.shape.tasks) if kinds else None for row in range(rows)]
+        self._make_resident(engine, rng, tasks)
+        for task in tasks:
             prompt = [rng.randrange(self.shape.vocabulary) for _ in range(context)]
             engine.add(self._request(prompt, self.longest(rows, context) - context, task))
         lengths = rows * context
         taken: list[tuple[float, int]] = []
         while len(taken) < wanted:
-            if not engine.has_work:  # adapters came too late for that
+            if not engine.has_work:
                 raise RuntimeError(f"rows ended before all {rows} had decoded together for {wanted} steps")
             stats = step(engine).stats
             lengths += stats.decode_tokens
@@ -101,6 +102,13 @@ class Bench:
             engine.abort(name)
         measured = taken[WARM_STEPS:]
         return Decode(median(each for each, _ in measured), round(median(length for _, length in measured)))
+
+    def _make_resident(self, engine: Engine, rng: random.Random, tasks: Sequence[tuple[str, int] | None]) -> None:
+        """Run each task once, so that no row waits for its adapter while the others run out."""
+        for task in dict.fromkeys(tasks):
+            engine.add(self._request([rng.randrange(self.shape.vocabulary)], 1, task))
+        while engine.has_work:
+            step(engine)
 
     def prefill(self, rng: random.Random, prompts: int, rounds: int) -> float:
         """Seconds of whole prompts' only step, per token: the median of so many, one more to warm up not counted."""
