@@ -1,10 +1,10 @@
 """An HTTP client that costs next to nothing: it shares the machine's cores with the server that it measures.
 
 It runs on uvloop, which reads into one buffer; asyncio's own loop asks for another quarter of a megabyte for each read.
-One protocol per connection: the request is one write, the answer's bytes are kept as they come and looked at
-only when all requests have ended. One connection per request, closed by the server, so that the end of the stream is
-the end of the answer and no framing need be read meanwhile. Both kinds of completions are understood: a JSON document,
-and a stream of events.
+One protocol per connection: the request is one write, the answer's bytes are kept as they come and looked at only when
+all requests have ended. One connection per request, closed by the server, so that the end of the stream is the end of
+the answer and no framing need be read meanwhile. Both kinds of completions are understood: a JSON document, and a
+stream of events.
 """
 
 from __future__ import annotations

@@ -118,9 +118,8 @@ class ChangeFeed:
         """End the call of `after` that waits, if one does; it raises `StoreUnavailable`. One that is still connecting
         ends by itself.
 
-        Its connection is closed, and the other side is not waited for. Were it cancelled just as its answer comes, the
-        client's pool would lose the connection.
+        Its connection is closed, without waiting for the other side, which with TLS may take until the call's timeout.
+        Were the call cancelled just as its answer comes, the client's pool would lose the connection.
         """
         if self._waiting is not None and self._waiting.connection is not None:
-            with redis_errors():
-                await self._waiting.connection.disconnect(nowait=True)
+            await self._waiting.connection.disconnect(nowait=True)

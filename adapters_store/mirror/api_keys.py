@@ -1,8 +1,8 @@
 """A server's memory of the API keys that it has seen, so that a request does not wait for Redis to know its caller.
 
 A key is read when it is first used and kept until the change feed names it, so that a revoked key is refused everywhere
-as soon as its entry comes. While Redis is away the keys that are kept go on; others
-cannot be judged. Keys that do not exist are not kept: a new one works at once, and guesses push nothing out.
+as soon as its entry comes. While Redis is away the keys that are kept go on; others cannot be judged. Keys that do not
+exist are not kept: a new one works at once, and guesses push nothing out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 import structlog
 
@@ -72,8 +71,7 @@ class TaskDirectory:
         self._stopping = True
         self._index.is_away = lambda: False
         if self._follower is not None:
-            with suppress(StoreError):  # Redis does not take part in it
-                await self._index.feed.stop_waiting()
+            await self._index.feed.stop_waiting()
             await self._follower
 
     def subscribe(self, listener: FeedListener) -> None:

@@ -1,7 +1,7 @@
 """Messages over a connected stream socket: four bytes of length, then one MessagePack frame.
 
 A socket pair rather than a broker: the end of either process is the end of the stream for the other, at
-once, which is how both learn of it. `Channel` blocks (the engine process, one thread a direction);
+once, which is how both learn of it. `Channel` is the engine process's side, for threads;
 `AsyncChannel` is the HTTP process's side of the same bytes. Neither knows what the messages mean.
 """
 
@@ -22,8 +22,7 @@ _LENGTH_BYTES = 4
 
 
 class Channel(Generic[Incoming]):
-    """The blocking side. `receive` is called by one thread, `send` by one before
-    anything is sent by `send_nowait`, which any may call."""
+    """The threads' side: one calls `receive`, any may call `send_nowait`, before which one may call `send`."""
 
     def __init__(self, connection: socket.socket, incoming: Any) -> None:
         """`incoming` is `Incoming`, the union of the messages that may arrive: a union has no type of its own."""
@@ -31,9 +30,8 @@ class Channel(Generic[Incoming]):
         self._reader = connection.makefile("rb")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
-        self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()  # the first of them is being written
-        self._has_pending = threading.Condition(self._lock)
+        self._has_pending = threading.Condition()  # its lock is also that of what is sent
 
     def send(self, message: msgspec.Struct) -> None:
         """Write one message. Raises `OSError` when the other side is gone."""
@@ -45,7 +43,7 @@ class Channel(Generic[Incoming]):
         It is written here as far as the socket takes it, for a thread in between takes a twentieth of a lone stream's
         rate; what is left, or finds nobody, is `flush_pending`'s.
         """
-        with self._lock:
+        with self._has_pending:
             frame, written = self._framed(message), 0
             if not self._pending:
                 with suppress(OSError):
@@ -57,12 +55,12 @@ class Channel(Generic[Incoming]):
     def flush_pending(self) -> None:
         """Write what `send_nowait` leaves, on a thread of its own. Raises `OSError` when the other side is gone."""
         while True:
-            with self._lock:
+            with self._has_pending:
                 while not self._pending:
                     self._has_pending.wait()
                 frame = self._pending[0]
             self._connection.sendall(frame)
-            with self._lock:
+            with self._has_pending:
                 self._pending.popleft()
 
     def receive(self) -> Incoming | None:

@@ -84,20 +84,18 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Close the listening socket, let answers under way end within `CLOSE_SECONDS`, close all connections."""
-        self._server.should_exit = True
-        self._server.exit_requested.set()
+        self._server.request_exit()
         if self._serving is not None:
             await self._serving
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers and its clock, and with events for the end of its start and its
-    own end."""
+    """uvicorn's server without its signal handlers and its clock, and with an event for the end of its start."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.answering = asyncio.Event()
-        self.exit_requested = asyncio.Event()
+        self._exit_requested = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -108,7 +106,11 @@ class _Server(uvicorn.Server):
         if self.started:
             self.answering.set()
 
+    def request_exit(self) -> None:
+        """End it."""
+        self.should_exit = True  # for uvicorn, which looks at it until the loop begins
+        self._exit_requested.set()
+
     async def main_loop(self) -> None:
         """Wait for the end. uvicorn's own looks for it ten times a second, and keeps the answers' `Date`."""
-        await self.on_tick(0)
-        await self.exit_requested.wait()
+        await self._exit_requested.wait()

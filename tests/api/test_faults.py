@@ -208,6 +208,7 @@ def test_a_fault_of_the_server_has_the_same_shape_and_its_request_id(scripted: S
     response = http.post("/v1/completions", json={**ASK, "model": "t"}, headers={"X-Request-ID": "r-1"})
     assert error_of(response) == (500, "internal_error")
     assert response.headers["x-request-id"] == "r-1"
+    assert "date" in response.headers
 
 
 def test_the_deadline_is_sent_to_the_engine(scripted: Scripted) -> None:

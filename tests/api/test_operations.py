@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib import import_module
+from inspect import iscoroutinefunction
+from pkgutil import iter_modules
 from typing import Any
 
 import httpx
 import pytest
 import structlog
+from fastapi.dependencies.models import Dependant
 from structlog.testing import LogCapture
 
+from server.api import routes
 from server.engine.protocol import StepStats
 from tests.api.conftest import BASE_ID as BASE
 from tests.api.conftest import Scripted
@@ -37,6 +43,23 @@ def test_a_request_id_is_taken_or_made_and_stands_in_the_log(
     lines = {entry["request_id"]: entry for entry in capture.entries if entry["event"] == "request"}
     assert (lines["abc-1"]["path"], lines["abc-1"]["status"]) == ("/v1/completions", 200)
     assert lines[made.headers["x-request-id"]]["status"] == 404
+
+
+def test_nothing_of_a_request_is_run_on_a_thread() -> None:
+    """FastAPI does so with plain functions, and a thread costs a request more than these do."""
+    modules = [import_module(f"{routes.__name__}.{module.name}") for module in iter_modules(routes.__path__)]
+    found = [route for module in modules if hasattr(module, "router") for route in module.router.routes]
+    assert len(found) > 20
+    for route in found:
+        for call in calls(route.dependant):
+            assert iscoroutinefunction(call) or iscoroutinefunction(type(call).__call__), call
+
+
+def calls(dependant: Dependant) -> Iterator[Any]:
+    """A route's function, and all that are called for its arguments."""
+    yield dependant.call
+    for dependency in dependant.dependencies:
+        yield from calls(dependency)
 
 
 def test_metrics_count_requests_tokens_and_steps(scripted: Scripted) -> None:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509 import NameOID
 from redis import Redis
 from redis.exceptions import ResponseError
 
@@ -28,6 +39,23 @@ from tests.store.samples import eventually, new_version, publish_text
 
 pytestmark = pytest.mark.anyio
 
+TLS_DOOR = """
+import asyncio, ssl, sys
+async def pump(reader, writer):
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
+async def serve(reader, writer):
+    inner_reader, inner_writer = await asyncio.open_unix_connection(sys.argv[1])
+    await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer), return_exceptions=True)
+async def main():
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(sys.argv[2])
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
 ENDLESS_SCRIPT = "while redis.call('EXISTS', KEYS[1]) == 0 do end"  # but for SCRIPT KILL
 
 
@@ -259,3 +287,45 @@ async def test_listeners_forget_again_what_they_read_while_the_mirror_loaded(
     await tasks.start()
     assert (cleared, told.cleared) == ([1], 2)
     await tasks.stop()
+
+
+@pytest.fixture
+def tls_door(own_redis: PrivateRedis, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that passes TLS on to a Redis; the port at which it listens is its first line."""
+    command = [sys.executable, "-c", TLS_DOOR, own_redis.url.removeprefix("unix://"), write_certificate(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as door:
+        yield door
+        door.kill()
+
+
+async def test_a_stop_ends_cleanly_while_the_other_end_of_a_tls_connection_hangs(
+    tls_door: subprocess.Popen[bytes],
+) -> None:
+    """There the other end is to answer when a connection is closed."""
+    assert tls_door.stdout is not None
+    port = int(tls_door.stdout.readline())
+    index = await RedisIndex.connect(f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=none&ssl_check_hostname=false")
+    tasks = TaskDirectory(index)
+    await tasks.start()
+    feed: Any = index.feed
+    await eventually(lambda: feed._waiting is not None and feed._waiting.connection is not None)
+    writer = feed._waiting.connection._writer
+    tls_door.send_signal(signal.SIGSTOP)
+    await tasks.stop()
+    assert not tasks.available
+    tls_door.kill()
+    with suppress(OSError):
+        await writer.wait_closed()
+    await index.close()
+
+
+def write_certificate(folder: Path) -> str:
+    """A key and a certificate that it signs itself, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    file = folder / "certificate.pem"
+    plain = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file.write_bytes(plain + builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    return str(file)
